@@ -1,0 +1,1 @@
+"""Who runs a meta-step: reference, functional and torch; the compiled ones join them here."""

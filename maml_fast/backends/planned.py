@@ -1,0 +1,206 @@
+"""The planned engine on torch tensors: a chain of stages, each with its four rules.
+
+The specification that the compiled backends are held to. One pass over the chain gives values,
+one back gives cotangents; the Hessian-vector product is the same two passes for their tangents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maml_fast.backends.base import Problem, TaskBatch
+from maml_fast.fast_weights import (
+    DenseLinear,
+    FactoredInput,
+    FactoredLinear,
+    FastLinear,
+    LinearSpec,
+    SharedLinear,
+)
+from maml_fast.losses import LOSSES
+from maml_fast.ops import Linear, Operation, Stage
+from maml_fast.plan import LayerPlan, Plan
+
+
+@dataclass
+class Trace:
+    """What one inner step leaves for its Hessian-vector product, stage by stage."""
+
+    saved: list[Any]
+    cotangents: list[Tensor]  # of each stage's output
+    loss_state: Tensor
+
+
+class PlannedStepper:
+    """The meta-step of one chunk of tasks, for `meta_step.drive`. Fast weights are a step number."""
+
+    def __init__(self, problem: Problem, batch: TaskBatch, plan: Plan, gradient: bool) -> None:
+        assert isinstance(problem.loss, str)  # the plan refuses others
+        self.problem, self.batch, self.gradient = problem, batch, gradient
+        self.loss = LOSSES[problem.loss]
+        prelude = [_frozen_stage(layer, problem) for layer in plan.layers if layer.prelude]
+        self.prelude = prelude
+        self.support_x = _through(prelude, batch.support_x)
+        self.query_x = _through(prelude, batch.query_x)
+        self.layers = [layer for layer in plan.layers if not layer.prelude]
+        self.stages = [self._stage(layer, i) for i, layer in enumerate(self.layers)]
+        self.fast = {i: s for i, s in enumerate(self.stages) if isinstance(s, FastLinear)}
+
+    def _stage(self, layer: LayerPlan, position: int) -> Stage:
+        op = layer.link.op
+        if isinstance(op, Operation):
+            return op
+        problem, batch = self.problem, self.batch
+        if layer.form == "shared":
+            return _frozen_stage(layer, problem)
+        spec = _spec(op, problem, batch.tasks)
+        second_order = self.gradient and not problem.first_order
+        if layer.form == "dense":
+            return DenseLinear(spec)
+        if position == 0:
+            return FactoredInput(spec, self.support_x, self.query_x, second_order)
+        rows, query_rows = (x.shape[1] * layer.positions for x in (batch.support_x, batch.query_x))
+        return FactoredLinear(spec, rows, query_rows, second_order)
+
+    def start(self) -> int:
+        return 0
+
+    def _values(self, step: int, x: Tensor) -> tuple[Tensor, list[Any]]:
+        kept = []
+        for stage in self.stages:
+            x, saved = stage.forward(step, x)
+            kept.append(saved)
+        return x, kept
+
+    def _cotangents(self, step: int, saved: list[Any], dy: Tensor) -> list[Tensor]:
+        """The cotangent of each stage's output; nothing adapts below the first stage."""
+        found = [dy]
+        for i in range(len(self.stages) - 1, 0, -1):
+            dy = self.stages[i].backward(step, saved[i], dy)
+            found.append(dy)
+        return found[::-1]
+
+    def inner_step(self, fast: int, step: int) -> tuple[Tensor, int, Trace]:
+        z, saved = self._values(step, self.support_x)
+        losses, state = self.loss.value(z, self.batch.support_y)
+        cotangents = self._cotangents(step, saved, self.loss.cotangent(state, self.batch.support_y))
+        for i, stage in self.fast.items():
+            stage.descend(step, saved[i], cotangents[i])
+        return losses, step + 1, Trace(saved, cotangents, state)
+
+    def query(self, fast: int, gradient: bool) -> tuple[Tensor, Tensor, None]:
+        z, saved = self._values(fast, self.query_x)
+        losses, state = self.loss.value(z, self.batch.query_y)
+        if gradient:
+            dz = self.loss.cotangent(state, self.batch.query_y)
+            cotangents = self._cotangents(fast, saved, dz)
+            for i, stage in self.fast.items():
+                stage.begin_adjoint(saved[i], cotangents[i])
+        return losses, z, None
+
+    def pull_back(self, adjoint: None, trace: Trace, step: int) -> None:
+        saved, cotangents = trace.saved, trace.cotangents
+        for i, stage in self.fast.items():
+            if stage.spec.learns_rates:
+                stage.add_rate_gradients(step, saved[i], cotangents[i])
+        if self.problem.first_order or not self.fast:
+            return
+        tangents: list[Tensor | None] = [None]  # of each stage's input, and of the output
+        for stage, kept, dy in zip(self.stages, saved, cotangents, strict=True):
+            tangents.append(stage.tangent(step, kept, dy, tangents[-1]))
+        t_z = tangents[-1]
+        assert t_z is not None  # the first stage adapts
+        t_dy = self.loss.tangent(trace.loss_state, t_z)
+        for i in range(len(self.stages) - 1, -1, -1):
+            stage, kept, dy, t_x = self.stages[i], saved[i], cotangents[i], tangents[i]
+            t_dx = stage.tangent_backward(step, kept, dy, t_x, t_dy) if i else None
+            if i in self.fast:
+                self.fast[i].pull_back(step, kept, dy, t_x, t_dy)
+            if t_dx is not None:
+                t_dy = t_dx
+
+    def gradients(self, adjoint: None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        found, rates = {}, {}
+        for stage in self.fast.values():
+            spec = stage.spec
+            for name, gradient, by_step in zip(
+                (spec.weight_name, spec.bias_name),
+                stage.gradient_sums(),
+                stage.rate_gradients,
+                strict=True,
+            ):
+                if name is not None:
+                    found[name], rates[name] = gradient, by_step.to(gradient.dtype)
+        problem = self.problem
+        zeros = {
+            name: torch.zeros_like(problem.parameters[name])
+            for name in problem.adapting
+            if name not in found  # parameters that the chain does not use
+        }
+        learning = problem.rates.learning
+        steps = problem.inner_steps
+        return (
+            {name: found.get(name, zeros.get(name)) for name in problem.adapting},  # type: ignore[misc]
+            {
+                name: rates[name] if name in rates else self.support_x.new_zeros(steps)
+                for name in learning
+            },
+        )
+
+    def adapted(self, fast: int, support_losses: Tensor) -> AdaptedByPlan:
+        return AdaptedByPlan(self, fast, support_losses)
+
+
+class AdaptedByPlan:
+    """Adapted models in the plan's own forms; weights are formed when they are asked for."""
+
+    def __init__(self, stepper: PlannedStepper, step: int, support_losses: Tensor) -> None:
+        self.stepper, self.step, self.support_losses = stepper, step, support_losses
+
+    def predict(self, query_x: Tensor) -> Tensor:
+        """[T, M, ...] -> [T, M, ...]"""
+        return self.stepper._values(self.step, _through(self.stepper.prelude, query_x))[0]
+
+    def parameters(self) -> dict[str, Tensor]:
+        """{name: [T, *shape]}"""
+        tasks = self.stepper.batch.tasks
+        found = {
+            name: tensor.expand(tasks, *tensor.shape)
+            for name, tensor in self.stepper.problem.parameters.items()
+        }
+        for stage in self.stepper.fast.values():
+            weight, bias = stage.weights(self.step)
+            found[stage.spec.weight_name] = weight
+            if stage.spec.bias_name is not None and bias is not None:
+                found[stage.spec.bias_name] = bias
+        return found
+
+
+def _spec(op: Linear, problem: Problem, tasks: int) -> LinearSpec:
+    parameters, rates = problem.parameters, problem.rates
+    return LinearSpec(
+        op.weight,
+        op.bias,
+        parameters[op.weight],
+        None if op.bias is None else parameters[op.bias],
+        rates.values.get(op.weight),
+        None if op.bias is None else rates.values.get(op.bias),
+        not rates.learning.isdisjoint((op.weight, op.bias)),
+        tasks,
+        problem.inner_steps,
+    )
+
+
+def _frozen_stage(layer: LayerPlan, problem: Problem) -> Stage:
+    op = layer.link.op
+    return op if isinstance(op, Operation) else SharedLinear(_spec(op, problem, 1))
+
+
+def _through(stages: list[Stage], x: Tensor) -> Tensor:
+    for stage in stages:
+        x, _ = stage.forward(0, x)
+    return x

@@ -1,0 +1,130 @@
+"""Losses by name: the three rules of each, and the torch function that defines it.
+
+A loss is the mean over a task's rows (and features). With R rows of C features a task:
+    value     L(z, y)                 [T]
+    cotangent D = dL/dz               [T, R, C]
+    tangent   t_D = L''(z) t_z        [T, R, C]: the tangent of D in direction t_z
+`state` is what `value` saw and the other two rules need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class LossRules(Protocol):
+    """The rules of one loss, on all tasks at once; `oracle` defines it, for the tests."""
+
+    oracle: Callable[[Tensor, Tensor], Tensor]
+
+    @staticmethod
+    def value(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses [T] and the state, from predictions z [T, R, *features] and targets y."""
+
+    @staticmethod
+    def cotangent(state: Tensor, y: Tensor) -> Tensor: ...
+
+    @staticmethod
+    def tangent(state: Tensor, t_z: Tensor) -> Tensor: ...
+
+
+def _per_task(x: Tensor) -> int:
+    return x[0].numel()
+
+
+class MSE:
+    """L = mean (z - y)^2; the state is z - y."""
+
+    oracle = staticmethod(F.mse_loss)
+
+    @staticmethod
+    def value(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        difference = z - y
+        return difference.square().flatten(1).mean(1), difference
+
+    @staticmethod
+    def cotangent(state: Tensor, y: Tensor) -> Tensor:
+        return state * (2 / _per_task(state))
+
+    @staticmethod
+    def tangent(state: Tensor, t_z: Tensor) -> Tensor:
+        return t_z * (2 / _per_task(t_z))
+
+
+class CrossEntropy:
+    """L = mean over rows of -log p_y with p = softmax(z); the state is p, [T, R, C]."""
+
+    oracle = staticmethod(F.cross_entropy)
+
+    @staticmethod
+    def value(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = z.log_softmax(-1)
+        loss = -log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1).mean(1)
+        return loss, log_p.exp_()
+
+    @staticmethod
+    def cotangent(state: Tensor, y: Tensor) -> Tensor:
+        index = y.unsqueeze(-1)
+        minus_one = state.new_full((1,), -1.0).expand(index.shape)
+        return state.scatter_add(-1, index, minus_one).div_(state.shape[1])
+
+    @staticmethod
+    def tangent(state: Tensor, t_z: Tensor) -> Tensor:
+        weighted = state * t_z
+        mean = weighted.sum(-1, keepdim=True)
+        return weighted.addcmul_(state, mean, value=-1).div_(state.shape[1])
+
+
+class BCEWithLogits:
+    """L = mean of -(y log s + (1 - y) log(1 - s)) with s = sigmoid(z); the state is s."""
+
+    oracle = staticmethod(F.binary_cross_entropy_with_logits)
+
+    @staticmethod
+    def value(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        # log(1 + e^z) - y z, in the form that neither overflows nor loses small digits
+        loss = z.clamp_min(0) - z * y + torch.log1p(torch.exp(-z.abs()))
+        return loss.flatten(1).mean(1), z.sigmoid()
+
+    @staticmethod
+    def cotangent(state: Tensor, y: Tensor) -> Tensor:
+        return (state - y).div_(_per_task(state))
+
+    @staticmethod
+    def tangent(state: Tensor, t_z: Tensor) -> Tensor:
+        return (state * (1 - state)).mul_(t_z).div_(_per_task(t_z))
+
+
+class Huber:
+    """L = mean of d^2/2 where |d| <= 1, |d| - 1/2 elsewhere, with d = z - y; the state is d."""
+
+    oracle = staticmethod(F.huber_loss)
+
+    @staticmethod
+    def value(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        difference = z - y
+        bounded = difference.clamp(-1, 1)
+        loss = bounded * (difference - 0.5 * bounded)
+        return loss.flatten(1).mean(1), difference
+
+    @staticmethod
+    def cotangent(state: Tensor, y: Tensor) -> Tensor:
+        return state.clamp(-1, 1).div_(_per_task(state))
+
+    @staticmethod
+    def tangent(state: Tensor, t_z: Tensor) -> Tensor:
+        # As autograd has it: the second derivative at |d| = 1 is 1.
+        return (t_z / _per_task(t_z)).masked_fill_(state.abs() > 1, 0)
+
+
+LOSSES: dict[str, type[LossRules]] = {
+    "mse": MSE,
+    "cross_entropy": CrossEntropy,
+    "bce_with_logits": BCEWithLogits,
+    "huber": Huber,
+}

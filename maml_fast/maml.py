@@ -1,0 +1,304 @@
+"""`MAML`: the meta-step as a module, its result, and the adapted models.
+
+T tasks, N support rows, M query rows, S inner steps.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maml_fast import meta_step
+from maml_fast.backends.base import AdaptedTasks, Loss, Outcome, Problem, TaskBatch
+from maml_fast.finite import check_finite, check_losses
+from maml_fast.inputs import check_batch, check_classes, check_query, check_targets, probe
+from maml_fast.losses import LOSSES
+from maml_fast.plan import BACKENDS, FAST_WEIGHTS, Plan, Shapes, make_plan
+from maml_fast.rates import InnerRates, Rate
+from maml_fast.trace import signature
+
+PLANS_KEPT = 32
+
+
+@dataclass
+class MetaStepResult:
+    """What a meta-step yields.
+
+    loss: scalar; `loss.backward()` fills the gradients of the model's parameters and of rates.
+    task_losses: [T], detached: the query loss of each task.
+    support_losses: [T, S], detached: the support loss before each inner step.
+    query_outputs: [T, M, ...], detached: predictions of the adapted models.
+    """
+
+    loss: Tensor
+    task_losses: Tensor
+    support_losses: Tensor
+    query_outputs: Tensor
+
+
+class AdaptedModels:
+    """The adapted models of all tasks of one batch; see `MAML.adapt`.
+
+    support_losses: [T, S], the support loss before each inner step.
+    """
+
+    def __init__(self, support_x: Tensor, adapted: AdaptedTasks) -> None:
+        self._row = support_x[:, :1]  # [T, 1, ...]: what a query is compared with
+        self._adapted = adapted
+        self.support_losses = adapted.support_losses
+
+    def __call__(self, query_x: Tensor) -> Tensor:
+        """Predictions [T, M, ...] of each task's model for its rows query_x [T, M, ...].
+
+        Raises ValueError or TypeError if query_x has other tasks or features than support_x.
+        """
+        check_query(query_x, self._row)
+        with _plain(query_x.device.type):
+            return self._adapted.predict(_recordable(query_x))
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Adapted parameters, {name: [T, *shape]}, by the names of `model.named_parameters()`."""
+        with _plain(self._row.device.type):
+            return self._adapted.parameters()
+
+
+class MAML(nn.Module):
+    """Model-agnostic meta-learning: many tasks' inner loops and the exact meta-gradient.
+
+    model: any `nn.Module` that maps rows [N, ...] to predictions [N, ...]. Parameters that
+        require grad adapt in the inner loop and get a meta-gradient.
+    loss: "mse", "cross_entropy", "bce_with_logits", "huber" (delta 1), or a callable(prediction,
+        target) -> scalar for one task, which runs on backends reference and functional. Named
+        losses are the mean over a task's rows.
+    inner_lr: a float, a scalar or [inner_steps] tensor, or a mapping from the name of every
+        parameter that requires grad to any of these. An `nn.Parameter` gets its gradient.
+    inner_steps: gradient steps on the support rows, from 0 up.
+    first_order: leave out the second-order terms (FOMAML).
+    reduction: of the loss over tasks, "mean" or "sum".
+    backend: "auto", "triton", "cpu", "torch", "functional" or "reference".
+    chunk_size: tasks a pass; None: chosen to fit memory.
+    fast_weights: "auto" (per layer, by cost), "factored" or "dense"; of planned backends only.
+
+    Computes in the dtype of the model, under `torch.autocast` too. Batch norm uses whatever the
+    module's mode says for the rows of one task at a time; running statistics are never updated.
+    Raises TypeError or ValueError naming the argument. Source: Finn et al. 2017, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = "mse",
+        inner_lr: Rate | Mapping[str, Rate] = 0.01,
+        inner_steps: int = 1,
+        first_order: bool = False,
+        reduction: str = "mean",
+        backend: str = "auto",
+        chunk_size: int | None = None,
+        fast_weights: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {type(model).__name__}; wanted is an nn.Module")
+        if not callable(loss):
+            _check_choice("loss", loss, LOSSES, " or a callable(prediction, target)")
+        _check_count("inner_steps", inner_steps, least=0)
+        if not isinstance(first_order, bool):
+            raise TypeError(f"first_order is {first_order!r}; wanted is True or False")
+        _check_choice("reduction", reduction, ("mean", "sum"))
+        _check_choice("backend", backend, BACKENDS)
+        _check_choice("fast_weights", fast_weights, FAST_WEIGHTS)
+        if chunk_size is not None:
+            _check_count("chunk_size", chunk_size, least=1)
+        self.model = model
+        self.loss = loss
+        self.rates = InnerRates(inner_lr)
+        self.rates.check_names(name for name, _ in model.named_parameters())
+        self.inner_steps = inner_steps
+        self.first_order = first_order
+        self.reduction = reduction
+        self.backend = backend
+        self.chunk_size = chunk_size
+        self.fast_weights = fast_weights
+        self._plans: OrderedDict[Any, tuple[Plan, Tensor]] = OrderedDict()
+
+    @property
+    def inner_lr(self) -> Rate | dict[str, Rate]:
+        """The inner learning rates in the form they were given."""
+        return self.rates.spec()
+
+    @torch.compiler.disable
+    def forward(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> MetaStepResult:
+        """The meta-step of a batch of tasks.
+
+        support_x, query_x: [T, N, ...], [T, M, ...], in the model's dtype and on its device.
+        support_y, query_y: int64 classes [T, N], [T, M] for cross entropy; else shaped as the
+            predictions.
+        Raises ValueError or TypeError for data that do not fit, NonFiniteError where a loss or a
+        gradient is NaN or infinite, UnsupportedModelError where the backend cannot run the model.
+        """
+        batch = TaskBatch(*map(_recordable, (support_x, support_y, query_x, query_y)))
+        plan, problem = self._prepare(batch, self.inner_steps)
+        named = dict(self.model.named_parameters())
+        parameters = [named[name] for name in problem.adapting]
+        learning = self.rates.learning()
+        gradient = torch.is_grad_enabled() and bool(parameters)
+
+        def run() -> tuple[Outcome, list[Tensor]]:
+            with _plain(support_x.device.type):
+                outcome = meta_step.run(plan, problem, batch, gradient)
+                check_finite(plan, problem, batch, outcome)
+            if outcome.gradients is None or outcome.rate_gradients is None:
+                return outcome, []
+            found = [outcome.gradients[name] for name in problem.adapting]
+            found += self.rates.gather(outcome.rate_gradients)
+            if self.reduction == "mean":
+                torch._foreach_div_(found, batch.tasks)
+            return outcome, found
+
+        if gradient:
+            loss, *rest = _MetaStep.apply(run, self.reduction, *parameters, *learning)
+            return MetaStepResult(loss, *rest)
+        outcome, _ = run()
+        loss = _reduce(outcome.task_losses, self.reduction)
+        return MetaStepResult(
+            loss, outcome.task_losses, outcome.support_losses, outcome.query_outputs
+        )
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def adapt(
+        self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None
+    ) -> AdaptedModels:
+        """The inner loop alone, without gradients.
+
+        support_x: [T, N, ...]; support_y: [T, N, ...]; inner_steps: None for the module's own.
+        Returns models to call with query_x [T, M, ...]. Raises as `forward` does.
+        """
+        steps = self.inner_steps if inner_steps is None else inner_steps
+        _check_count("inner_steps", steps, least=0)
+        x, y = _recordable(support_x), _recordable(support_y)
+        batch = TaskBatch(x, y, x, y)
+        plan, problem = self._prepare(batch, steps)
+        with _plain(support_x.device.type):
+            adapted = meta_step.adapt(plan, problem, batch.support_x, batch.support_y)
+        check_losses(adapted.support_losses)
+        return AdaptedModels(x, adapted)
+
+    def plan(self, support_x: Tensor, query_x: Tensor) -> Plan:
+        """What would run for data of these shapes, [T, N, ...] and [T, M, ...]; printable."""
+        probed = TaskBatch(support_x, support_x, query_x, query_x)
+        check_batch(probed, next(self.model.parameters(), None))
+        return self._planned(probed, self.inner_steps)[0]
+
+    def _prepare(self, batch: TaskBatch, inner_steps: int) -> tuple[Plan, Problem]:
+        check_batch(batch, next(self.model.parameters(), None))
+        plan, output = self._planned(batch, inner_steps)
+        check_targets("support_y", batch.support_y, output, self.loss)
+        check_targets("query_y", batch.query_y, output, self.loss)
+        if self.loss == "cross_entropy":
+            check_classes(batch, output.shape[-1])
+        parameters = dict(self.model.named_parameters())
+        adapting = [name for name, p in parameters.items() if p.requires_grad]
+        problem = Problem(
+            model=self.model,
+            parameters={name: p.detach() for name, p in parameters.items()},
+            loss=self.loss,
+            inner_steps=inner_steps,
+            first_order=self.first_order,
+            rates=self.rates.table(adapting, inner_steps),
+        )
+        return plan, problem
+
+    def _planned(self, batch: TaskBatch, inner_steps: int) -> tuple[Plan, Tensor]:
+        """The plan for data of these shapes, and a prediction for one task's query rows."""
+        x, q = batch.support_x, batch.query_x
+        shapes = Shapes(len(x), tuple(x.shape[1:]), tuple(q.shape[1:]), x.dtype, x.device)
+        asked = (self.backend, self.fast_weights, self.chunk_size, self.first_order, self.loss)
+        key = (shapes, inner_steps, asked, signature(self.model))
+        if key not in self._plans:
+            probe(self.model, "support_x", x[0])
+            output = probe(self.model, "query_x", q[0])
+            plan = make_plan(
+                self.model,
+                self.loss,
+                self.backend,
+                self.fast_weights,
+                self.chunk_size,
+                shapes,
+                inner_steps,
+                self.first_order,
+                tuple(output.shape),
+                [name for name, p in self.model.named_parameters() if p.requires_grad],
+            )
+            self._plans[key] = plan, output
+            if len(self._plans) > PLANS_KEPT:
+                self._plans.popitem(last=False)
+        return self._plans[key]
+
+
+class _MetaStep(torch.autograd.Function):
+    """The loss as a function of parameters and rates; its gradient is known when it is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Callable[[], tuple[Outcome, list[Tensor]]],
+        reduction: str,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        outcome, gradients = run()
+        ctx.save_for_backward(*gradients)
+        rest = (outcome.task_losses, outcome.support_losses, outcome.query_outputs)
+        ctx.mark_non_differentiable(*rest)
+        return _reduce(outcome.task_losses, reduction), *rest
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: what follows would be lost in silence
+            raise RuntimeError("the meta-gradient of MAML cannot be differentiated once more")
+        return None, None, *(gradient * d_loss for gradient in ctx.saved_tensors)
+
+
+@contextmanager
+def _plain(device_type: str) -> Iterator[None]:
+    """Neither autocast nor inference mode nor a graph: the backends record what they need."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device_type, enabled=False),
+    ):
+        yield
+
+
+def _recordable(x: Tensor) -> Tensor:
+    """A tensor made in inference mode cannot be recorded by autograd; its copy can."""
+    if not isinstance(x, Tensor) or not x.is_inference():
+        return x
+    with torch.inference_mode(False):
+        return x.clone()
+
+
+def _reduce(task_losses: Tensor, reduction: str) -> Tensor:
+    return task_losses.mean() if reduction == "mean" else task_losses.sum()
+
+
+def _check_choice(name: str, value: object, known: Any, more: str = "") -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {type(value).__name__}; wanted is one of {list(known)}{more}")
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; wanted is one of {list(known)}{more}")
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; wanted is an integer, {least} or more")
+    if value < least:
+        raise ValueError(f"{name} is {value}; wanted is {least} or more")

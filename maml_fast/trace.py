@@ -1,0 +1,258 @@
+"""nn.Module -> chain of operations, by torch.fx; what cannot be planned is named with its reason.
+
+A chain is a straight line from the one input to the one output: every value is used once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from maml_fast.ops import OPERATIONS, Linear, Operation
+from maml_fast.ops.reshape import Reshape
+
+MODULES = {module: build for op in OPERATIONS for module, build in op.modules.items()}
+CALLS = {call: build for op in OPERATIONS for call, build in op.calls.items()}
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+DROPOUT_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
+_AT_RANDOM = "draws at random with p={}; call model.eval() or set p=0"
+RESHAPES = ("view", "reshape", torch.reshape)
+
+
+@dataclass
+class Link:
+    """One operation of a chain, and the layer it came from."""
+
+    name: str
+    op: Operation | Linear
+
+
+@dataclass
+class Chain:
+    """The operations in order; `refusals` says what stood in the way, and then the rest is void."""
+
+    links: list[Link] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+
+
+class _Refused(Exception):
+    pass
+
+
+class _Tracer(fx.Tracer):
+    """Leaves are the modules that operations stand for, and torch's own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in MODULES or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module) -> Chain:
+    """The chain of operations that `model` computes from its first argument."""
+    chain = Chain()
+    chain.refusals += [
+        f"layer '{name or 'model'}' ({type(module).__name__}): has hooks, which would not run"
+        for name, module in model.named_modules()
+        if any(
+            getattr(module, hooks)
+            for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+        )
+    ]
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # the model's own code runs under the tracer: anything may come
+        chain.refusals.append(f"{type(model).__name__}: torch.fx cannot trace it: {error}")
+        return chain
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    used: dict[str, str] = {}
+    previous: fx.Node | None = None
+    for node in _spine(graph, chain):
+        if node.op == "output":
+            if node.args[0] is not previous:
+                chain.refusals.append("the output is not the last operation's one tensor")
+            break
+        if previous is not None:
+            try:
+                op = _recognise(node, previous, model, names)
+                for parameter in _parameters(op):
+                    if parameter in used:
+                        raise _Refused(f"shares '{parameter}' with layer '{used[parameter]}'")
+                    used[parameter] = _label(node)
+                if op is not None:
+                    chain.links.append(Link(_label(node), op))
+            except (_Refused, ValueError, TypeError) as reason:
+                chain.refusals.append(f"layer '{_label(node)}' ({_kind(node, model)}): {reason}")
+        previous = node
+    return chain
+
+
+def _spine(graph: fx.Graph, chain: Chain) -> Iterator[fx.Node]:
+    """The nodes that carry the data: from the input on, without parameters and row counts."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if not inputs:
+        chain.refusals.append("forward takes no input")
+        return
+    for extra in inputs[1:]:
+        if extra.users:
+            chain.refusals.append(f"forward uses a second input, '{extra.name}'")
+    for node in graph.nodes:
+        if node.op == "get_attr" or _is_row_count(node) or node in inputs[1:]:
+            continue
+        if not node.users and node.op not in ("output", "placeholder"):
+            continue  # computed and not used
+        carried = [user for user in node.users if not _is_row_count(user)]
+        if len(carried) > 1 and node.op != "output":
+            chain.refusals.append(
+                f"value '{_label(node)}' is used {len(carried)} times; only chains can be planned"
+            )
+        yield node
+
+
+def _is_row_count(node: fx.Node) -> bool:
+    """x.shape, x.size(), x.shape[0], x.size(0): what a view of all rows is told."""
+    if node.op == "call_method" and node.target == "size":
+        return True
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] == "shape"
+    return node.target is operator.getitem and _is_row_count(node.args[0])  # type: ignore[arg-type]
+
+
+def _recognise(
+    node: fx.Node, previous: fx.Node, model: nn.Module, names: dict[int, str]
+) -> Operation | Linear | None:
+    """The operation of a node, None where it passes its input on; raises with the reason if none."""
+    arguments = [*node.args, *node.kwargs.values()]
+    tensors = [a for a in arguments if isinstance(a, fx.Node) and not _is_row_count(a)]
+    data = [a for a in tensors if a.op != "get_attr"]
+    if data != [previous]:
+        raise _Refused("joins several values, or is out of line; only chains can be planned")
+    if node.op == "call_module":
+        return _from_module(model.get_submodule(str(node.target)), names)
+    if node.target in (F.linear, torch._C._nn.linear):
+        return _from_linear_call(node, model, names)
+    if len(tensors) > 1:
+        raise _Refused("uses a parameter or buffer, which only linear layers can")
+    if node.target in DROPOUT_CALLS:
+        return _from_dropout_call(*node.args, **node.kwargs)
+    if node.target in RESHAPES:
+        return _from_view(node)
+    if node.target not in CALLS:
+        raise _Refused("no planned operation")
+    positional = [None if value is previous else value for value in node.args]
+    named = {key: None if value is previous else value for key, value in node.kwargs.items()}
+    return CALLS[node.target](*positional, **named)
+
+
+def _from_module(module: nn.Module, names: dict[int, str]) -> Operation | Linear | None:
+    if type(module) is nn.Identity:
+        return None
+    if type(module) in DROPOUTS:
+        if module.training and module.p > 0:
+            raise _Refused(_AT_RANDOM.format(module.p))
+        return None
+    if type(module) is nn.Linear:
+        return _linear(module.weight, module.bias, names)
+    if type(module) not in MODULES:
+        raise _Refused("no planned operation")
+    return MODULES[type(module)](module)
+
+
+def _from_linear_call(node: fx.Node, model: nn.Module, names: dict[int, str]) -> Linear:
+    def bound(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any]:
+        return weight, bias
+
+    weight, bias = bound(*node.args, **node.kwargs)
+    return _linear(_attribute(weight, model), _attribute(bias, model), names)
+
+
+def _linear(weight: Any, bias: Any, names: dict[int, str]) -> Linear:
+    for role, tensor in (("weight", weight), ("bias", bias)):
+        if id(tensor) not in names and not (role == "bias" and tensor is None):
+            raise _Refused(f"its {role} is not one of the model's parameters")
+    out_features, in_features = weight.shape
+    bias_name = None if bias is None else names[id(bias)]
+    return Linear(names[id(weight)], bias_name, in_features, out_features)
+
+
+def _attribute(value: Any, model: nn.Module) -> Any:
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return value
+    owner: Any = model
+    for part in str(value.target).split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+def _from_dropout_call(
+    input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> None:
+    if training and p > 0:
+        raise _Refused(f"draws at random with p={p}; pass training=self.training, call model.eval()")
+
+
+def _from_view(node: fx.Node) -> Reshape:
+    shape = node.args[1:] or (node.kwargs.get("shape"),)
+    if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
+        shape = tuple(shape[0])
+    rows, rest = shape[0], shape[1:]
+    if not (isinstance(rows, fx.Node) and _is_row_count(rows)) and rows != -1:
+        raise _Refused(f"its first length is {rows}; x.size(0) keeps the rows of a task")
+    if not rest or not all(isinstance(n, int) for n in rest) or (rows == -1 and -1 in rest):
+        raise _Refused("its lengths are not numbers, but for the rows and one -1")
+    return Reshape(tuple(rest))  # type: ignore[arg-type]
+
+
+def _parameters(op: Operation | Linear | None) -> list[str]:
+    if not isinstance(op, Linear):
+        return []
+    return [op.weight] if op.bias is None else [op.weight, op.bias]
+
+
+def _label(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def _kind(node: fx.Node, model: nn.Module) -> str:
+    if node.op == "call_module":
+        return type(model.get_submodule(str(node.target))).__name__
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def batching_refusals(model: nn.Module) -> list[str]:
+    """Layers that torch.func cannot run for many tasks at once, and what to change."""
+    found = []
+    for name, module in model.named_modules():
+        layer = f"layer '{name or 'model'}' ({type(module).__name__})"
+        if module.training and isinstance(getattr(module, "running_mean", None), Tensor):
+            found.append(
+                f"{layer}: updates running statistics; build it with track_running_stats=False, or "
+                "call model.eval()"
+            )
+        if module.training and type(module) in DROPOUTS and module.p > 0:
+            found.append(f"{layer}: {_AT_RANDOM.format(module.p)}")
+    return found
+
+
+def signature(model: nn.Module) -> tuple[Any, ...]:
+    """What a trace of `model` depends on, cheap to compare: change it and the plan is made anew."""
+    return tuple(
+        (
+            name,
+            id(module),
+            *(v for v in vars(module).values() if isinstance(v, (bool, int, float, str))),
+            *(
+                (key, id(p), p.requires_grad)
+                for key, p in module._parameters.items()
+                if isinstance(p, Tensor)
+            ),
+            len(module._forward_hooks) + len(module._forward_pre_hooks),
+        )
+        for name, module in model.named_modules()
+    )

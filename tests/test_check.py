@@ -1,0 +1,52 @@
+"""`check` passes what is right, and fails what is wrong."""
+
+import pytest
+import torch
+
+from maml_fast import MAML, check
+from maml_fast.fast_weights import DenseLinear, FactoredInput
+
+SIZES = (3, 12, 12, 2)
+
+
+@pytest.fixture(params=[torch.float32, torch.float64])
+def case(request, draw):
+    model = draw.mlp(SIZES).to(request.param)
+    batch = [t.to(request.param) for t in draw.batch("mse", 3, 4, 4, SIZES)]
+    return model, batch
+
+
+@pytest.mark.parametrize("backend", ["reference", "functional", "torch", "auto"])
+def test_right(backend, case):
+    model, batch = case
+    report = check(MAML(model, inner_steps=2, backend=backend), *batch)
+    assert report.passed
+    names = [t.name for t in report.tensors]
+    assert names[:3] == ["task_losses", "support_losses", "query_outputs"]
+    assert names[3:] == [f"gradient of {name}" for name, _ in model.named_parameters()]
+    assert str(report).count("\n") == len(names) + 1 and "TOO LARGE" not in str(report)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("form", "stage"), [("dense", DenseLinear), ("factored", FactoredInput)])
+def test_wrong(form, stage, case, monkeypatch):
+    """A Hessian-vector product that is off by one part in a thousand."""
+    model, batch = case
+    right = stage.tangent
+
+    def wrong(self, *args):
+        return right(self, *args) * 1.001
+
+    monkeypatch.setattr(stage, "tangent", wrong)
+    report = check(MAML(model, inner_lr=0.1, backend="torch", fast_weights=form), *batch)
+    assert not report.passed
+    failed = {t.name for t in report.tensors if not t.passed}
+    assert "gradient of 0.weight" in failed and "task_losses" not in failed
+    assert str(report).count("TOO LARGE") == len(failed)
+
+
+def test_silent_first_order_is_caught(case, monkeypatch):
+    model, batch = case
+    monkeypatch.setattr(DenseLinear, "pull_back", lambda self, *args: None)
+    maml = MAML(model, inner_lr=0.1, backend="torch", fast_weights="dense")
+    assert not check(maml, *batch).passed

@@ -1,0 +1,281 @@
+"""What the planner takes, what it refuses and how it says so, and what it chooses."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from maml_fast import MAML, UnsupportedModelError
+from maml_fast.ops import Linear
+from maml_fast.plan import CPU_PASS_BYTES, _dense_cost, _factored_cost
+from maml_fast.trace import trace
+from tests.networks import Draw, assert_close, by_graph, gradients
+
+IN, OUT = 6, 3
+
+
+class Own(nn.Module):
+    """An own module: nested Sequentials, functional calls, methods, a constant factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Flatten(), nn.Sequential(nn.Linear(IN, 5), nn.Tanh()), nn.Identity()
+        )
+        self.w, self.b = nn.Parameter(torch.empty(4, 5)), nn.Parameter(torch.empty(4))
+        self.head = nn.Linear(4, OUT)
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x):
+        x = x.view(x.size(0), 2, -1)
+        x = self.body(x.reshape(x.shape[0], -1).flatten(1))
+        x = F.linear(input=x, weight=self.w, bias=self.b)
+        x = F.softplus(F.gelu(x, approximate="tanh"), beta=2).sigmoid()
+        x = torch.sin(3.0 * x) * 0.5
+        return self.head(F.dropout(self.drop(F.silu(x)), 0.5, self.training and False))
+
+
+class Inherited(nn.Linear):
+    """A subclass that leaves forward alone."""
+
+
+class Changed(nn.Linear):
+    """A subclass that does not: its own forward is followed."""
+
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+class ByMatmul(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.empty(IN, OUT))
+
+    def forward(self, x):
+        return x @ self.w
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(IN, IN), nn.Linear(IN, OUT)
+
+    def forward(self, x):
+        return self.b(x + self.a(x))
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(IN, IN), nn.Linear(IN, OUT)
+
+    def forward(self, x):
+        return self.b(self.a(torch.tanh(self.a(x))))
+
+
+class Conditional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(IN, OUT)
+
+    def forward(self, x):
+        return self.a(x) if x.sum() > 0 else -self.a(x)
+
+
+def initialised(model):
+    return Draw(0).initialise(model.double())
+
+
+PLANNED = [
+    Own,
+    lambda: nn.Linear(IN, OUT),
+    lambda: nn.Sequential(nn.Linear(IN, 4), nn.LeakyReLU(0.2), nn.Linear(4, OUT)),
+    lambda: nn.Sequential(Inherited(IN, 4), nn.Softplus(2, 3), Changed(4, OUT)),
+    lambda: nn.Sequential(nn.Linear(IN, 4), nn.ReLU(inplace=True), nn.Linear(4, OUT)),
+    lambda: nn.Sequential(nn.Linear(IN, 4), nn.Dropout(0.3), nn.Linear(4, OUT)).eval(),
+]
+REFUSED = [
+    (ByMatmul, "'matmul' .*no planned operation|'matmul'.*parameter or buffer"),
+    (Branching, "'add'|used 2 times"),
+    (Twice, "layer 'a' .*shares 'a.weight' with layer 'a'"),
+    (lambda: nn.Sequential(nn.Linear(IN, OUT), nn.Softmax(-1)), r"layer '1' \(Softmax\)"),
+    (
+        lambda: nn.Sequential(nn.Linear(IN, OUT), nn.LayerNorm(OUT), nn.ELU()),
+        r"layer '1' \(LayerNorm\).*layer '2' \(ELU\)",
+    ),
+    (
+        lambda: nn.utils.parametrize.register_parametrization(
+            nn.Linear(IN, OUT), "weight", nn.Tanh()
+        ),
+        r"layer 'parametrizations.weight' \(ParametrizationList\)",
+    ),
+]
+
+
+def batch_for(draw):
+    return draw.batch("cross_entropy", 3, 4, 5, (IN, OUT))
+
+
+@pytest.mark.parametrize("make", PLANNED)
+def test_planned_models_equal_the_loop(make, draw):
+    model, batch = initialised(make()), batch_for(draw)
+    wanted = by_graph(model, batch, "cross_entropy", 0.2, 2)[1]
+    for fast_weights in ("auto", "factored", "dense"):
+        maml = MAML(model, "cross_entropy", 0.2, 2, backend="torch", fast_weights=fast_weights)
+        assert_close(gradients(maml, batch), wanted, 1e-10)
+    auto = MAML(model, "cross_entropy", 0.2, 2)
+    assert auto.plan(batch.support_x, batch.query_x).backend == "torch"
+
+
+@pytest.mark.parametrize(("make", "words"), REFUSED)
+def test_refused_models_are_named_and_run_elsewhere(make, words, draw):
+    model, batch = initialised(make()), batch_for(draw)
+    with pytest.raises(UnsupportedModelError, match=words):
+        MAML(model, "cross_entropy", backend="torch")(*batch)
+    auto = MAML(model, "cross_entropy", 0.2, 2)
+    plan = auto.plan(batch.support_x, batch.query_x)
+    assert plan.backend == "functional"
+    assert plan.refusals and plan.refusals[0] in str(plan)
+    wanted = by_graph(model, batch, "cross_entropy", 0.2, 2)[1]
+    assert_close(gradients(auto, batch), wanted, 1e-10)
+
+
+@pytest.mark.parametrize("backend", ["torch", "functional", "auto"])
+def test_dropout_in_training_is_refused(backend, draw):
+    model = initialised(nn.Sequential(nn.Linear(IN, 4), nn.Dropout(0.3), nn.Linear(4, OUT)))
+    maml, batch = MAML(model, "cross_entropy", backend=backend), batch_for(draw)
+    for call in (lambda: maml(*batch), lambda: maml.plan(batch.support_x, batch.query_x)):
+        with pytest.raises(UnsupportedModelError, match=r"layer '1' \(Dropout\).*p=0.3.*eval"):
+            call()
+
+
+def test_control_flow_on_data_cannot_be_traced(draw):
+    model = initialised(Conditional())
+    with pytest.raises(UnsupportedModelError, match=r"torch.fx cannot trace it.*control flow"):
+        MAML(model, "cross_entropy", backend="torch")(*batch_for(draw))
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_are_refused(hook, draw):
+    model, batch = initialised(nn.Sequential(nn.Linear(IN, OUT))), batch_for(draw)
+    maml = MAML(model, "cross_entropy", backend="torch")
+    maml(*batch)
+    handle = getattr(model[0], hook)(lambda *args: None)
+    with pytest.raises(UnsupportedModelError, match=r"layer '0' \(Linear\): has hooks"):
+        maml(*batch)
+    handle.remove()
+    maml(*batch)
+
+
+def test_other_reasons(draw):
+    batch = batch_for(draw)
+    model = initialised(nn.Linear(IN, OUT))
+    with pytest.raises(UnsupportedModelError, match="loss is a callable"):
+        MAML(model, F.cross_entropy, backend="torch")(*batch)
+    half = [t.bfloat16() if t.is_floating_point() else t for t in batch]
+    with pytest.raises(UnsupportedModelError, match="bfloat16; planned are float32 and float64"):
+        MAML(model.bfloat16(), "cross_entropy", backend="torch")(*half)
+
+
+def test_rows_must_stay_rows(draw):
+    for op in (nn.Flatten(0), nn.Flatten(0, 1)):
+        chain = trace(nn.Sequential(op, nn.Linear(IN, OUT)))
+        if not chain.refusals:
+            with pytest.raises(ValueError, match="flattens the rows"):
+                chain.links[0].op.out_features((IN,))
+
+
+class TestAPlanFollowsItsModel:
+    """A plan is kept, but never used for a model that has changed since."""
+
+    def both(self, model, batch):
+        maml = MAML(model, "cross_entropy", 0.2, 2)
+        maml(*batch)
+        return maml, lambda: by_graph(model, batch, "cross_entropy", 0.2, 2)[1]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda m: setattr(m[1], "negative_slope", 0.9),
+            lambda m: m.__setitem__(1, nn.Tanh()),
+            lambda m: m.__setitem__(2, initialised(nn.Linear(4, OUT))),
+            lambda m: m[0].weight.requires_grad_(False),
+            lambda m: m[0].requires_grad_(False),
+            lambda m: m.append(nn.Sigmoid()),
+            lambda m: setattr(m[2], "bias", None),
+        ],
+    )
+    def test_changes(self, change, draw):
+        model = initialised(nn.Sequential(nn.Linear(IN, 4), nn.LeakyReLU(0.2), nn.Linear(4, OUT)))
+        batch = batch_for(draw)
+        maml, wanted = self.both(model, batch)
+        change(model)
+        assert_close(gradients(maml, batch), wanted(), 1e-10)
+
+    def test_train_and_eval(self, draw):
+        model = initialised(nn.Sequential(nn.Linear(IN, 4), nn.Dropout(0.5), nn.Linear(4, OUT)))
+        batch = batch_for(draw)
+        maml, wanted = self.both(model.eval(), batch)
+        assert_close(gradients(maml, batch), wanted(), 1e-10)
+        model.train()
+        with pytest.raises(UnsupportedModelError, match=r"eval\(\)"):
+            maml(*batch)
+
+    def test_other_shapes(self, draw):
+        model = initialised(nn.Linear(IN, OUT))
+        maml, _ = self.both(model, batch_for(draw))
+        for rows in (1, 2, 7):
+            batch = draw.batch("cross_entropy", 2, rows, 3, (IN, OUT))
+            wanted = by_graph(model, batch, "cross_entropy", 0.2, 2)[1]
+            assert_close(gradients(maml, batch), wanted, 1e-10)
+
+
+def test_the_plan_prints_what_would_run():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 5))
+    model[1].requires_grad_(False)
+    maml = MAML(model, "cross_entropy", 0.4)
+    plan = maml.plan(torch.zeros(512, 5, 28, 28), torch.zeros(512, 5, 28, 28))
+    text = str(plan)
+    assert "backend torch" in text and "512 tasks" in text
+    assert "linear 784->256" in text and "once, shared" in text
+    assert "linear 256->5" in text and "dense" in text
+    assert plan.output == (5, 5)
+
+
+def test_the_cost_model_counts_the_formula():
+    """Dense, all layers: S(3F_s - F1_s) + (3F_q - F1_q) + S(6F_s - 4F1_s), F = sum of 2 n I O."""
+    sizes, rows, queries, steps = (3, 7, 5, 2), 4, 6, 3
+    areas = [i * o for i, o in zip(sizes, sizes[1:], strict=False)]
+    total = 0
+    for layer, (i, o) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        op = Linear("w", None, i, o)
+        total += _dense_cost(op, rows, queries, steps, False, layer == 0, 4).flops
+    f_s, f1_s = 2 * rows * sum(areas), 2 * rows * areas[0]
+    f_q, f1_q = 2 * queries * sum(areas), 2 * queries * areas[0]
+    assert total == (
+        steps * (3 * f_s - f1_s) + (3 * f_q - f1_q) + steps * (6 * f_s - 4 * f1_s)
+    )
+
+
+def test_few_rows_are_factored_and_many_are_dense():
+    op = Linear("w", None, 256, 128)
+    for rows, factored in ((5, True), (1024, False)):
+        costs = (
+            _factored_cost(op, rows, rows, 1, False, False).time,
+            _dense_cost(op, rows, rows, 1, False, False, 4).time,
+        )
+        assert (costs[0] < costs[1]) == factored
+
+
+def test_chunks_bound_what_a_pass_keeps(draw):
+    """Ten times the rows, a tenth of the tasks a pass; few tasks go in one; and a user may say."""
+    model = initialised(nn.Linear(IN, OUT))
+    maml = MAML(model, "cross_entropy")
+    x = torch.zeros(1, 1, 1, dtype=torch.float64)
+    plans = [maml.plan(*(x.expand(10**6, rows, IN) for _ in range(2))) for rows in (100, 1000)]
+    assert plans[0].chunk_size == pytest.approx(10 * plans[1].chunk_size, rel=0.05)
+    assert plans[0].chunk_size * 200 * IN * 8 <= CPU_PASS_BYTES
+    few = maml.plan(*(x.expand(10, 4, IN) for _ in range(2)))
+    assert few.chunk_size == 10
+    maml.chunk_size = 3
+    assert maml.plan(*(x.expand(10, 4, IN) for _ in range(2))).chunk_size == 3
