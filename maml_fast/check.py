@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from maml_fast import meta_step
-from maml_fast.backends.base import Outcome, Problem, TaskBatch
+from maml_fast.backends import reference
 from maml_fast.maml import MAML
+from maml_fast.problem import Outcome, Problem, TaskBatch
 
 SINGLE_BOUND = 1e-6
 RATE_BOUND = 5e-6  # inner products cancel
@@ -73,8 +74,8 @@ def check(
     plan, problem = maml._prepare(batch, maml.inner_steps)
     with torch.no_grad():
         ours = meta_step.run(plan, problem, batch, gradient=True)
-        autograd = meta_step.reference.meta_step(problem, batch, gradient=True)
-        exact = meta_step.reference.meta_step(_in_float64(problem), _data64(batch), gradient=True)
+        autograd = reference.meta_step(problem, batch, gradient=True)
+        exact = reference.meta_step(_in_float64(problem), _data64(batch), gradient=True)
     single = support_x.dtype != torch.float64
     found = []
     scale = _rate_scale(exact)
@@ -115,7 +116,7 @@ def _tensors(outcome: Outcome) -> dict[str, Tensor]:
 
 
 def _rate_scale(exact: Outcome) -> float:
-    """The gradient of a rate is one inner product, and may cancel to nothing: judge it beside all."""
+    """A rate's gradient is one inner product, and may cancel to nothing: judge it beside all."""
     gradients = list((exact.rate_gradients or {}).values())
     return torch.cat(gradients).norm().item() if gradients else 0.0
 

@@ -225,7 +225,9 @@ class FactoredLinear(FastLinear):
     def add_rate_gradients(self, step: int, x: Tensor, dy: Tensor) -> None:
         lam = slice(self.first, self.last)
         gram = dy @ self.left[:, lam].mT  # <D^T A, Lam> is the sum of two Gram blocks' product
-        self.rate_gradients[0, step] -= (gram * self._adjoint_gram(step, x)).sum(dtype=torch.float64)
+        self.rate_gradients[0, step] -= (gram * self._adjoint_gram(step, x)).sum(
+            dtype=torch.float64
+        )
         self.rate_gradients[1, step] -= (gram * self.moves_bias[lam]).sum(dtype=torch.float64)
 
 
@@ -339,9 +341,7 @@ class DenseLinear(FastLinear):
                 w.expand(spec.tasks, *spec.weight.shape), dy.mT, x, alpha=-self.weight_rates[step]
             )
         if b is not None:
-            b = torch.sub(
-                b.expand(spec.tasks, 1, -1), dy.sum(1, True), alpha=self.bias_rates[step]
-            )
+            b = torch.sub(b.expand(spec.tasks, 1, -1), dy.sum(1, True), alpha=self.bias_rates[step])
         self.w.append(w)
         self.b.append(b)
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from maml_fast import meta_step
-from maml_fast.backends.base import Outcome, Problem, TaskBatch
 from maml_fast.errors import NonFiniteError
 from maml_fast.plan import Plan
+from maml_fast.problem import Outcome, Problem, TaskBatch
 
 SHOWN = 8
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from maml_fast.backends.base import Loss, TaskBatch
+from maml_fast.problem import Loss, TaskBatch
 
 NAMES = TaskBatch._fields
 REGRESSION_LOSSES = ("mse", "bce_with_logits", "huber")
@@ -25,9 +25,7 @@ def check_batch(batch: TaskBatch, model_parameter: Tensor | None) -> None:
         if tensor.is_complex():
             raise TypeError(f"{name} is {tensor.dtype}; complex numbers are not supported")
         if tensor.dim() < 2:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}; wanted is [tasks, rows, ...]"
-            )
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; wanted is [tasks, rows, ...]")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} requires grad, but gradients with respect to the data are not computed; "

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from maml_fast import meta_step
-from maml_fast.backends.base import AdaptedTasks, Loss, Outcome, Problem, TaskBatch
 from maml_fast.finite import check_finite, check_losses
 from maml_fast.inputs import check_batch, check_classes, check_query, check_targets, probe
 from maml_fast.losses import LOSSES
 from maml_fast.plan import BACKENDS, FAST_WEIGHTS, Plan, Shapes, make_plan
+from maml_fast.problem import AdaptedTasks, Loss, Outcome, Problem, TaskBatch
 from maml_fast.rates import InnerRates, Rate
 from maml_fast.trace import signature
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from maml_fast.backends import reference
-from maml_fast.backends.base import AdaptedTasks, Outcome, Problem, Stepper, TaskBatch
 from maml_fast.backends.functional import FunctionalStepper
 from maml_fast.backends.planned import PlannedStepper
 from maml_fast.plan import Plan
+from maml_fast.problem import AdaptedTasks, Outcome, Problem, Stepper, TaskBatch
 
 
 def drive(stepper: Stepper, inner_steps: int, gradient: bool) -> Outcome:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from maml_fast.backends.base import RateTable
+from maml_fast.problem import RateTable
 
 Rate = float | Tensor
 

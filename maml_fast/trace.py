@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 
 from maml_fast.ops import OPERATIONS, Linear, Operation
 from maml_fast.ops.reshape import Reshape
@@ -127,7 +128,7 @@ def _is_row_count(node: fx.Node) -> bool:
 def _recognise(
     node: fx.Node, previous: fx.Node, model: nn.Module, names: dict[int, str]
 ) -> Operation | Linear | None:
-    """The operation of a node, None where it passes its input on; raises with the reason if none."""
+    """The operation of a node, None where it passes its input on; raises the reason if none."""
     arguments = [*node.args, *node.kwargs.values()]
     tensors = [a for a in arguments if isinstance(a, fx.Node) and not _is_row_count(a)]
     data = [a for a in tensors if a.op != "get_attr"]
@@ -140,7 +141,8 @@ def _recognise(
     if len(tensors) > 1:
         raise _Refused("uses a parameter or buffer, which only linear layers can")
     if node.target in DROPOUT_CALLS:
-        return _from_dropout_call(*node.args, **node.kwargs)
+        _check_dropout_call(*node.args, **node.kwargs)  # type: ignore[arg-type]
+        return None
     if node.target in RESHAPES:
         return _from_view(node)
     if node.target not in CALLS:
@@ -154,7 +156,7 @@ def _from_module(module: nn.Module, names: dict[int, str]) -> Operation | Linear
     if type(module) is nn.Identity:
         return None
     if type(module) in DROPOUTS:
-        if module.training and module.p > 0:
+        if _draws(module):
             raise _Refused(_AT_RANDOM.format(module.p))
         return None
     if type(module) is nn.Linear:
@@ -190,11 +192,13 @@ def _attribute(value: Any, model: nn.Module) -> Any:
     return owner
 
 
-def _from_dropout_call(
+def _check_dropout_call(
     input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> None:
     if training and p > 0:
-        raise _Refused(f"draws at random with p={p}; pass training=self.training, call model.eval()")
+        raise _Refused(
+            f"draws at random with p={p}; pass training=self.training, call model.eval()"
+        )
 
 
 def _from_view(node: fx.Node) -> Reshape:
@@ -225,6 +229,10 @@ def _kind(node: fx.Node, model: nn.Module) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
+def _draws(module: nn.Module) -> bool:
+    return isinstance(module, _DropoutNd) and module.training and module.p > 0
+
+
 def batching_refusals(model: nn.Module) -> list[str]:
     """Layers that torch.func cannot run for many tasks at once, and what to change."""
     found = []
@@ -235,7 +243,7 @@ def batching_refusals(model: nn.Module) -> list[str]:
                 f"{layer}: updates running statistics; build it with track_running_stats=False, or "
                 "call model.eval()"
             )
-        if module.training and type(module) in DROPOUTS and module.p > 0:
+        if _draws(module):
             found.append(f"{layer}: {_AT_RANDOM.format(module.p)}")
     return found
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maml_fast.backends.base import TaskBatch
+from maml_fast.problem import TaskBatch
 
 SMOOTH = {
     "tanh": nn.Tanh,
@@ -54,7 +55,7 @@ class Draw:
         self, sizes: tuple[int, ...], activation: type[nn.Module] = nn.Tanh, bias: bool = True
     ) -> nn.Sequential:
         layers: list[nn.Module] = []
-        for i, o in zip(sizes, sizes[1:], strict=False):
+        for i, o in itertools.pairwise(sizes):
             layers += [nn.Linear(i, o, bias=bias, dtype=self.dtype), activation()]
         return self.initialise(nn.Sequential(*layers[:-1]))
 

@@ -9,7 +9,12 @@ from maml_fast import MAML
 from tests.networks import ORACLES
 
 SIZES, T = (3, 5, 2), 4
-BACKENDS = [("reference", "auto"), ("functional", "auto"), ("torch", "factored"), ("torch", "dense")]
+BACKENDS = [
+    ("reference", "auto"),
+    ("functional", "auto"),
+    ("torch", "factored"),
+    ("torch", "dense"),
+]
 
 
 @pytest.fixture(params=BACKENDS, ids=["-".join(b) for b in BACKENDS])
@@ -47,7 +52,8 @@ def test_adapted_models(options, steps, bias, draw):
             torch.testing.assert_close(parameters[name][task], tensor.detach(), rtol=1e-10, atol=0)
         prediction = functional_call(model, wanted, (batch.query_x[task],))
         torch.testing.assert_close(predicted[task], prediction.detach(), rtol=1e-10, atol=1e-14)
-    assert not predicted.requires_grad and all(not p.requires_grad for p in parameters.values())
+    assert not predicted.requires_grad
+    assert all(not p.requires_grad for p in parameters.values())
 
 
 def test_it_is_the_meta_steps_inner_loop(options, draw):

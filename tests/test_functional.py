@@ -138,8 +138,8 @@ def test_token_inputs(draw):
 
 def test_memory_grows_by_parameters_not_by_graphs(draw):
     """What is alive after S inner steps: S copies of the parameters, and no autograd graph."""
-    from maml_fast.backends.base import Problem, RateTable
     from maml_fast.backends.functional import FunctionalStepper
+    from maml_fast.problem import Problem, RateTable
 
     model, steps = draw.mlp(SIZES), 6
     named = {name: p.detach() for name, p in model.named_parameters()}

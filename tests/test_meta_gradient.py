@@ -196,7 +196,9 @@ def test_tied_parameters(backend, draw):
 @pytest.mark.parametrize("backend", ["reference", "functional", "torch"])
 def test_linear_over_positions(backend, draw):
     """A linear layer before a flatten sees every position of a row."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), nn.Flatten(), nn.Linear(10, 2))
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), nn.Flatten(), nn.Linear(10, 2)
+    )
     draw.initialise(model.double())
     batch = draw.batch("mse", 3, 4, 4, (3, 2))
     batch = batch._replace(support_x=draw.normal(3, 4, 5, 3), query_x=draw.normal(3, 4, 5, 3))

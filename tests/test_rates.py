@@ -8,7 +8,12 @@ from maml_fast import MAML, check
 from tests.networks import assert_close, by_graph, gradients
 
 SIZES, STEPS = (3, 5, 4, 2), 3
-BACKENDS = [("reference", "auto"), ("functional", "auto"), ("torch", "factored"), ("torch", "dense")]
+BACKENDS = [
+    ("reference", "auto"),
+    ("functional", "auto"),
+    ("torch", "factored"),
+    ("torch", "dense"),
+]
 double = {"dtype": torch.float64}
 
 

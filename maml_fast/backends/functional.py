@@ -7,6 +7,7 @@ What is kept is theta_k of each step, one copy of the parameters a task, and no 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,13 +16,12 @@ from torch import Tensor
 from torch.func import functional_call, grad, grad_and_value, jvp, vjp, vmap
 from torch.nn import functional as F
 
-from maml_fast.backends.base import Problem, TaskBatch, one_loss
 from maml_fast.errors import UnsupportedModelError
+from maml_fast.problem import Problem, TaskBatch, one_loss
 
 Parameters = dict[str, Tensor]  # {name: [T, *shape]}, or [*shape] while the tasks share it
 Fast = tuple[Parameters, bool]  # the parameters, and whether the tasks still share them
 Answer = TypeVar("Answer")
-
 
 
 def _huber(z: Tensor, y: Tensor) -> Tensor:
@@ -39,8 +39,8 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 IN_PLACE = "replace the in-place operation by one that returns a new tensor"
 ON_VALUES = (
-    "keep values in tensors: torch.where instead of `if`, so that all tasks take the same path, and "
-    "no .item()"
+    "keep values in tensors: torch.where instead of `if`, so that all tasks take one path, and no "
+    ".item()"
 )
 HINTS = (
     ("randomness", "it draws at random, and passes would differ: call model.eval() or set p=0"),
@@ -73,7 +73,9 @@ class FunctionalStepper:
         output = functional_call(self.problem.model, {**theta, **self.frozen}, (x,))
         return one_loss(self.loss_fn, output, y), output
 
-    def _gradient(self, theta: Parameters, x: Tensor, y: Tensor, shared: bool):
+    def _gradient(
+        self, theta: Parameters, x: Tensor, y: Tensor, shared: bool
+    ) -> tuple[Parameters, tuple[Tensor, Tensor]]:
         gradient = grad_and_value(self._loss, has_aux=True)
         return _guard(
             self.problem, lambda: vmap(gradient, in_dims=(_axis(shared), 0, 0))(theta, x, y)
@@ -121,11 +123,16 @@ class FunctionalStepper:
         """The support gradient at theta, and the Hessian there times direction."""
         x, y = self.batch.support_x, self.batch.support_y
 
-        def forward_over_reverse(theta: Parameters, direction: Parameters, x: Tensor, y: Tensor):
-            return jvp(lambda theta: self._bare_gradient(theta, x, y), (theta,), (direction,))
+        def forward_over_reverse(
+            theta: Parameters, direction: Parameters, x: Tensor, y: Tensor
+        ) -> tuple[Parameters, Parameters]:
+            gradient = functools.partial(self._bare_gradient, x, y)
+            return jvp(gradient, (theta,), (direction,))  # type: ignore[return-value]
 
-        def reverse_over_reverse(theta: Parameters, direction: Parameters, x: Tensor, y: Tensor):
-            gradient, pull = vjp(lambda theta: self._bare_gradient(theta, x, y), theta)
+        def reverse_over_reverse(
+            theta: Parameters, direction: Parameters, x: Tensor, y: Tensor
+        ) -> tuple[Parameters, Parameters]:
+            gradient, pull = vjp(functools.partial(self._bare_gradient, x, y), theta)  # type: ignore[misc]
             return gradient, pull(direction)[0]
 
         axes = (_axis(shared), 0, 0, 0)
@@ -143,7 +150,7 @@ class FunctionalStepper:
             lambda: vmap(reverse_over_reverse, in_dims=axes)(theta, direction, x, y),
         )
 
-    def _bare_gradient(self, theta: Parameters, x: Tensor, y: Tensor) -> Parameters:
+    def _bare_gradient(self, x: Tensor, y: Tensor, theta: Parameters) -> Parameters:
         return grad(self._loss, has_aux=True)(theta, x, y)[0]
 
     def _rate_gradients(self, gradient: Parameters, adjoint: Parameters, step: int) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maml_fast.backends.base import Problem, TaskBatch
 from maml_fast.fast_weights import (
     DenseLinear,
     FactoredInput,
@@ -24,6 +23,7 @@ from maml_fast.fast_weights import (
 from maml_fast.losses import LOSSES
 from maml_fast.ops import Linear, Operation, Stage
 from maml_fast.plan import LayerPlan, Plan
+from maml_fast.problem import Problem, TaskBatch
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Trace:
 
 
 class PlannedStepper:
-    """The meta-step of one chunk of tasks, for `meta_step.drive`. Fast weights are a step number."""
+    """One chunk of tasks, for `meta_step.drive`; fast weights are the number of a step."""
 
     def __init__(self, problem: Problem, batch: TaskBatch, plan: Plan, gradient: bool) -> None:
         assert isinstance(problem.loss, str)  # the plan refuses others
@@ -88,8 +88,8 @@ class PlannedStepper:
         z, saved = self._values(step, self.support_x)
         losses, state = self.loss.value(z, self.batch.support_y)
         cotangents = self._cotangents(step, saved, self.loss.cotangent(state, self.batch.support_y))
-        for i, stage in self.fast.items():
-            stage.descend(step, saved[i], cotangents[i])
+        for i, layer in self.fast.items():
+            layer.descend(step, saved[i], cotangents[i])
         return losses, step + 1, Trace(saved, cotangents, state)
 
     def query(self, fast: int, gradient: bool) -> tuple[Tensor, Tensor, None]:
@@ -98,15 +98,15 @@ class PlannedStepper:
         if gradient:
             dz = self.loss.cotangent(state, self.batch.query_y)
             cotangents = self._cotangents(fast, saved, dz)
-            for i, stage in self.fast.items():
-                stage.begin_adjoint(saved[i], cotangents[i])
+            for i, layer in self.fast.items():
+                layer.begin_adjoint(saved[i], cotangents[i])
         return losses, z, None
 
     def pull_back(self, adjoint: None, trace: Trace, step: int) -> None:
         saved, cotangents = trace.saved, trace.cotangents
-        for i, stage in self.fast.items():
-            if stage.spec.learns_rates:
-                stage.add_rate_gradients(step, saved[i], cotangents[i])
+        for i, layer in self.fast.items():
+            if layer.spec.learns_rates:
+                layer.add_rate_gradients(step, saved[i], cotangents[i])
         if self.problem.first_order or not self.fast:
             return
         tangents: list[Tensor | None] = [None]  # of each stage's input, and of the output

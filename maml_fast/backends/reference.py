@@ -7,14 +7,16 @@ other backends. Runs any module and any dtype; costs a graph of all inner steps,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from maml_fast.backends.base import Outcome, Problem, TaskBatch, one_loss
+from maml_fast.problem import Outcome, Problem, TaskBatch, one_loss
 
-LOSSES = {
+LOSSES: dict[str, Callable[..., Tensor]] = {
     "mse": F.mse_loss,
     "cross_entropy": F.cross_entropy,
     "bce_with_logits": F.binary_cross_entropy_with_logits,

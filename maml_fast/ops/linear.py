@@ -24,7 +24,9 @@ class Linear:
 
     def out_features(self, features: Features) -> Features:
         if not features or features[-1] != self.in_features:
-            raise ValueError(f"rows have shape {list(features)}, wanted is [.., {self.in_features}]")
+            raise ValueError(
+                f"rows have shape {list(features)}, wanted is [.., {self.in_features}]"
+            )
         return (*features[:-1], self.out_features_)
 
     def flops(self, features: Features) -> int:

@@ -44,8 +44,9 @@ class Pointwise(Operation):
         self, step: int, saved: Any, dy: Tensor, t_x: Tensor | None, t_dy: Tensor
     ) -> Tensor:
         t_dx = self.slope(saved, t_dy)
-        curve = None if t_x is None else self.curve(saved)
-        return t_dx if curve is None else t_dx.addcmul_(curve.mul_(t_x), dy)
+        if t_x is None or (curve := self.curve(saved)) is None:
+            return t_dx
+        return t_dx.addcmul_(curve.mul_(t_x), dy)
 
     @classmethod
     def examples(cls) -> Iterable[tuple[Operation, Features]]:
@@ -198,7 +199,7 @@ class GELU(Pointwise):
 
 
 class Softplus(Pointwise):
-    """f = log(1 + e^{bx}) / b, and f = x where b x > threshold; f' = s = sigmoid(b x), f'' = b s'"""
+    """f = log(1 + e^{bx}) / b, f' = s = sigmoid(b x), f'' = b s'; f = x where b x > threshold"""
 
     modules = {nn.Softplus: lambda module: Softplus(module.beta, module.threshold)}
     calls = {F.softplus: lambda input, beta=1, threshold=20: Softplus(beta, threshold)}

@@ -1,0 +1,69 @@
+# make help: what there is. One virtual environment serves all targets; each adds the extras it needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+ITERATIONS ?= 10000
+# More arguments for pytest or the benchmarks, as in: make test ARGS="-k sinusoid"
+ARGS ?=
+
+BIN := $(VENV)/bin
+DEMO := runs/demo
+# An installation is editable, so it is repeated only when the metadata or the C++ changes.
+INSTALLED_FROM := pyproject.toml constraints.txt $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # two installations into one environment would disturb each other
+.PHONY: help demo test bench lint format clean check-python
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "Variables: PYTHON=$(PYTHON) (3.11 to 3.13), VENV=$(VENV), ITERATIONS=$(ITERATIONS) (demo), ARGS (test, bench)"
+
+# One thread: the network is too small to gain by more, and a busy machine slows them down a lot.
+demo: $(VENV)/.installed-train ## Train the sinusoid for a minute, then evaluate it: table, and plots in runs/demo
+	$(BIN)/maml-fast train sinusoid --iterations $(ITERATIONS) --threads 1 --output $(DEMO) --overwrite
+	$(BIN)/maml-fast evaluate $(DEMO)/checkpoint.safetensors --shots 5 10 --plot-dir $(DEMO) \
+	    --json $(DEMO)/evaluation.json
+
+test: $(VENV)/.installed-test ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.installed-bench ## Run the benchmarks
+	$(BIN)/python -m benchmarks $(ARGS)
+
+lint: $(VENV)/.installed-dev ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## Format the code and apply the safe fixes
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## Remove what was built and cached, and install anew next time; keeps runs/ and the environment
+	rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks $(VENV)/.installed-*
+	find maml_fast kernels tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.installed-%: $(INSTALLED_FROM) | $(BIN)/pip check-python
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+WANTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+VERSION := import sys; print("%d.%d" % sys.version_info[:2])
+
+# pip is the last thing that venv writes: an environment without it is unfinished.
+$(BIN)/pip:
+	@$(PYTHON) -c '$(WANTED)' || { echo "PYTHON=$(PYTHON) is not a Python 3.11, 3.12 or 3.13. Name one:" \
+	    "make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A PYTHON that was asked for must not give way, unsaid, to the one of an older environment.
+check-python: | $(BIN)/pip
+ifneq ($(origin PYTHON),file)
+	@asked=$$($(PYTHON) -c '$(VERSION)') || { echo "PYTHON=$(PYTHON) does not run" >&2; exit 1; }; \
+	found=$$($(BIN)/python -c '$(VERSION)'); [ "$$asked" = "$$found" ] || { \
+	    echo "PYTHON=$(PYTHON) is Python $$asked, but the environment $(VENV) has Python $$found." \
+	    "Remove $(VENV), or name another: VENV=.venv-$$asked" >&2; exit 1; }
+endif

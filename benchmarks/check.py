@@ -1,0 +1,144 @@
+"""Is it right? Each result is held to a float64 gradient, tensor by tensor, before it is timed.
+
+The error of a tensor is ||g - g64|| / ||g64||. Ours may have at most twice the error that autograd
+itself makes on that tensor in float32, or 1e-6; a peer may have 1e-3, and its error is shown.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import named
+from benchmarks.implementation import Gradient, MetaStep
+from benchmarks.peers.autograd_loop import AutogradLoop
+from benchmarks.peers.vmap_grad import meta_loss
+from benchmarks.problem import Problem, load, tasks_at_once
+
+LOOP_TASKS = 256  # the autograd loop itself is the reference up to here
+COMPARED_TASKS = 8  # above, what stands in for it is compared with it on so many
+STAND_IN_ERROR = 1e-11
+FLOOR = 1e-6
+TWICE = 2.0
+LOOSE = 1e-3  # peers; and networks whose tasks cannot stay off the kinks of ReLU
+
+Errors = dict[str, float]  # relative error by tensor; "loss" is one of them
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The right answer of a case, what float32 may lose on the way, and how both were computed."""
+
+    loss: float
+    gradient: Gradient  # float64, on the CPU
+    autograd: Errors  # of the same computation in float32
+    how: str
+
+    def errors(self, loss: float, gradient: Gradient) -> Errors:
+        """Relative errors of a result by tensor, and of its loss.
+
+        Raises:
+            ValueError: the result lacks a gradient, or has one too many, or one of the wrong shape.
+        """
+        if gradient.keys() != self.gradient.keys():
+            raise ValueError(f"gradients of {sorted(gradient)}, wanted of {sorted(self.gradient)}")
+        errors = {"loss": abs(loss - self.loss) / abs(self.loss)}
+        for name, right in self.gradient.items():
+            found, wanted = list(gradient[name].shape), list(right.shape)
+            if found != wanted:
+                raise ValueError(f"the gradient of {name} is {found}, wanted {wanted}")
+            errors[name] = _relative(gradient[name], right)
+        return errors
+
+    def bounds(self, *, strict: bool) -> Errors:
+        """What each error may be at most; strict is for ours, on networks where it can be asked."""
+        if strict:
+            return {name: max(TWICE * error, FLOOR) for name, error in self.autograd.items()}
+        return dict.fromkeys(self.autograd, LOOSE)
+
+    def allowance(self, *, strict: bool) -> str:
+        """What `bounds` asks of ours, in words."""
+        name, error = worst(self.autograd)
+        own = f"float32 autograd's own worst error is {error:.1e} ({name})"
+        if strict:
+            return f"{own}, ours may have {TWICE:g} times its error on each tensor, or {FLOOR:g}"
+        return f"{own}, ours may have {LOOSE:g}, as no task stays off all kinks of ReLU"
+
+
+def worst(errors: Errors) -> tuple[str, float]:
+    """The tensor with the largest error; one that is not a number is worse than any other."""
+    return max(errors.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
+
+
+def broken(errors: Errors, bounds: Errors) -> str | None:
+    """What is wrong with the worst tensor that is beyond its bound, or None if none is."""
+    beyond = {name: error for name, error in errors.items() if not error <= bounds[name]}
+    if not beyond:
+        return None
+    name, error = worst(beyond)
+    return f"the error of {name} is {error:.1e}, allowed {bounds[name]:.1e}"
+
+
+@lru_cache(maxsize=1)
+def problem_and_reference(case_name: str, device_name: str) -> tuple[Problem, Reference]:
+    """A case's problem with its right answer; the last one asked for is kept."""
+    problem = load(named(case_name), torch.device(device_name))
+    return problem, reference(problem)
+
+
+def reference(problem: Problem) -> Reference:
+    """Compute the right answer, by the autograd loop where that takes seconds.
+
+    Raises:
+        RuntimeError: for many tasks vmap stands in for the loop, and the two disagree on the first
+            tasks.
+    """
+    if problem.episodes.tasks <= LOOP_TASKS:
+        how = "autograd loop in float64"
+        (loss, right), (loss32, gradient32) = (_by_loop(p) for p in (problem.double(), problem))
+    else:
+        few = problem.double().first(COMPARED_TASKS)
+        right = _by_loop(few)[1]
+        difference = max(_relative(value, right[name]) for name, value in _by_vmap(few)[1].items())
+        if not difference <= STAND_IN_ERROR:
+            raise RuntimeError(
+                f"{problem.case.name}: vmap and the loop differ by {difference:.1e} in float64"
+            )
+        how = (
+            f"vmap in float64, within {difference:.0e} of the autograd loop "
+            f"on the first {COMPARED_TASKS} tasks"
+        )
+        (loss, right), (loss32, gradient32) = (_by_vmap(p) for p in (problem.double(), problem))
+    right = {name: value.cpu() for name, value in right.items()}
+    exact = Reference(loss, right, {}, how)
+    return Reference(loss, right, exact.errors(loss32, gradient32), how)
+
+
+def _relative(gradient: Tensor, right: Tensor) -> float:
+    right = right.cpu()
+    return ((gradient.detach().cpu().double() - right).norm() / right.norm()).item()
+
+
+def _by_loop(problem: Problem) -> tuple[float, Gradient]:
+    step: MetaStep = AutogradLoop().prepare(problem)
+    return step.read(step.run())
+
+
+def _by_vmap(problem: Problem) -> tuple[float, Gradient]:
+    """By vmap, some tasks at a time, in the precision of the problem."""
+    mean_loss = meta_loss(problem.case, problem.model)
+    theta = {
+        name: value.detach().clone().requires_grad_()
+        for name, value in problem.model.named_parameters()
+    }
+    total, tasks, chunk = 0.0, problem.episodes.tasks, tasks_at_once(problem.case)
+    for start in range(0, tasks, chunk):
+        part = problem.episodes.pick(slice(start, start + chunk))
+        loss = mean_loss(theta, *part) * (part.tasks / tasks)
+        loss.backward()
+        total += loss.item()
+    return total, {name: value.grad for name, value in theta.items() if value.grad is not None}

@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``maml_fast.kernels``; they import nothing above."""

@@ -1,0 +1,154 @@
+"""Checkpoints: one safetensors file, written whole or not at all, read with suspicion.
+
+The file's one metadata entry, "maml_fast", is JSON: format version, configuration, iteration, and
+a digest over those and every tensor. Nothing is pickled, so reading a stranger's file runs no code.
+The same state gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+FORMAT_VERSION = 1
+ENTRY = "maml_fast"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a run after `iteration` meta-steps.
+
+    Tensors are grouped by owner, as {"model": {"0.weight": ...}, "optimizer": {...}, ...}.
+    """
+
+    config: dict[str, Any]
+    iteration: int
+    groups: dict[str, dict[str, Tensor]]
+
+    def group(self, name: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One owner's tensors, whose names, shapes and dtypes must be those of `wanted`."""
+        found = self.groups.get(name, {})
+        kinds = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in found.items()}
+        for key in sorted(wanted.keys() | found.keys()):
+            kind = (wanted[key].dtype, tuple(wanted[key].shape)) if key in wanted else None
+            if kinds.get(key) != kind:
+                raise ValueError(
+                    f"{name}/{key} is {_kind(kinds.get(key))}; wanted is {_kind(kind)}"
+                )
+        return found
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write the checkpoint; on any error what was at `path` before is still there.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    tensors = {
+        # A copy of its own for each: safetensors refuses tensors that share memory.
+        f"{group}/{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for group, members in checkpoint.groups.items()
+        for name, tensor in members.items()
+    }
+    entry = {
+        "format_version": FORMAT_VERSION,
+        "config": checkpoint.config,
+        "iteration": checkpoint.iteration,
+    }
+    entry["digest"] = _digest(entry, tensors)
+    data = safetensors.torch.save(tensors, {ENTRY: json.dumps(entry, sort_keys=True)})
+    write_atomically(path, data)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint, all of it, onto the CPU.
+
+    Raises:
+        CheckpointError: there is none at `path`, or it is damaged, of another program or of a
+            newer format. The file is only read.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged, or no safetensors file ({error})") from None
+    if ENTRY not in metadata:
+        raise CheckpointError(f"{path}: a safetensors file of another program, not a checkpoint")
+    try:
+        entry = json.loads(metadata[ENTRY])
+        version = entry["format_version"]
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: has checkpoint format {version}, and this maml_fast knows only up to "
+                f"{FORMAT_VERSION}: use a newer maml_fast"
+            )
+        digest, config, iteration = entry.pop("digest"), entry["config"], entry["iteration"]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: damaged: its description cannot be read") from None
+    if digest != _digest(entry, tensors):
+        raise CheckpointError(f"{path}: damaged: its contents do not match its digest")
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        group, _, name = key.partition("/")
+        groups.setdefault(group, {})[name] = tensor
+    return Checkpoint(config, iteration, groups)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace the file at `path` by `data`: after a crash it is the old one or the new, whole.
+
+    Raises:
+        OSError: naming `path`, where the file before still is.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk does not say which file it was
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened, nor need it be
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name is on disk only with its folder
+        finally:
+            os.close(folder)
+
+
+def _digest(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _kind(kind: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+    return "missing" if kind is None else f"{kind[0]} {list(kind[1])}"

@@ -1,0 +1,208 @@
+"""Evaluation on new sinusoids: error after k gradient steps, with intervals, and fitted curves.
+
+Dimensions: T tasks, N support rows (shots), M query rows per task, G points of a plotted curve.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maml_fast import MAML, NonFiniteError
+from maml_fast.tasks import SinusoidTasks
+
+# Finn et al. 2017, section 5.1: MSE at 5 shots by number of gradient steps, of MAML and of a
+# network pretrained on all tasks at once.
+PAPER_SHOTS = 5
+PAPER_MAML = {1: 0.67, 5: 0.38, 10: 0.35}
+PAPER_PRETRAINED = {1: 2.41, 5: 2.23, 10: 2.19}
+
+DEFAULT_SEED = 2017
+
+# No prediction within the targets' range, [-5, 5], has a larger error: above, adaptation diverged.
+DIVERGED = (5.0 + 5.0) ** 2
+
+
+@dataclass(frozen=True)
+class StepErrors:
+    """Mean squared errors after a number of gradient steps.
+
+    Gradient descent on few points diverges on a task now and then, and then the mean over all
+    tasks says little: the others are told apart. Infinite means that an error overflowed.
+    """
+
+    steps: int
+    mse: float  # mean over all tasks
+    ci95: float  # half the width of the mean's 95% confidence interval
+    median: float
+    diverged: int  # number of tasks with an error above DIVERGED
+    mse_others: float  # mean over the others
+    ci95_others: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Errors over `tasks` tasks of `shots` support rows and `query_shots` query rows each."""
+
+    shots: int
+    tasks: int
+    query_shots: int
+    seed: int
+    inner_lr: float
+    errors: tuple[StepErrors, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, which knows no infinity: None stands for it."""
+        values = dataclasses.asdict(self)
+        values["errors"] = [
+            {name: value if math.isfinite(value) else None for name, value in row.items()}
+            for row in values["errors"]
+        ]
+        return values
+
+
+@dataclass(frozen=True)
+class Fits:
+    """A few tasks' curves, and what the model makes of them after some numbers of steps."""
+
+    x: Tensor  # [G]
+    truth: Tensor  # [T, G]
+    support_x: Tensor  # [T, N]
+    support_y: Tensor  # [T, N]
+    predictions: dict[int, Tensor]  # steps: [T, G]
+
+
+def evaluate_sinusoid(
+    model: nn.Module,
+    inner_lr: float = 0.01,
+    *,
+    shots: int = 5,
+    steps: Sequence[int] = (0, 1, 5, 10),
+    tasks: int = 600,
+    query_shots: int = 100,
+    seed: int = DEFAULT_SEED,
+    backend: str = "auto",
+) -> Evaluation:
+    """Adapt `model` to new tasks and measure its error on other points of them.
+
+    The interval is 1.96 standard errors of the mean over tasks. Curves depend on `seed` and
+    `tasks` alone, so that evaluations with different `shots` share them.
+
+    Args:
+        model: from [T, N, 1] to [T, N, 1]; the tasks are drawn on its device, in its dtype.
+        inner_lr: rate of the gradient steps.
+        shots: support rows per task, all of which every gradient step uses.
+        steps: numbers of gradient steps to measure after; 0 is the model as it is.
+        tasks: number of tasks, at least 2.
+        query_shots: query rows per task.
+        seed: of the tasks; below 2^31 they are none that a run was trained on.
+        backend: of `MAML`.
+
+    Raises:
+        ValueError: naming the argument, what was found and what is wanted.
+    """
+    _check_steps(steps)
+    if tasks < 2:
+        raise ValueError(f"tasks is {tasks}; wanted are at least 2, for a confidence interval")
+    sampler = _sampler(model, seed)
+    support_x, support_y, query_x, query_y = sampler.sample(tasks, shots, query_shots)
+    rows = []
+    for count in steps:
+        prediction = _adapted(model, inner_lr, backend, support_x, support_y, query_x, count)
+        errors = (prediction - query_y).square().mean((1, 2), dtype=torch.float64)  # [T]
+        rows.append(_step_errors(count, errors.nan_to_num(nan=math.inf, posinf=math.inf)))
+    return Evaluation(shots, tasks, query_shots, seed, inner_lr, tuple(rows))
+
+
+def fit_sinusoid(
+    model: nn.Module,
+    inner_lr: float = 0.01,
+    *,
+    shots: int = 5,
+    steps: Sequence[int] = (0, 1, 10),
+    tasks: int = 4,
+    points: int = 201,
+    seed: int = DEFAULT_SEED,
+    backend: str = "auto",
+) -> Fits:
+    """Curves to plot: the truth and the model's predictions on an even grid over the x range."""
+    _check_steps(steps)
+    sampler = _sampler(model, seed)
+    waves = sampler.waves(tasks)
+    support_x, support_y, _, _ = sampler.episodes(waves, shots, query_shots=1)
+    x = torch.linspace(*sampler.x_range, points, dtype=sampler.dtype, device=sampler.device)
+    grid = x.reshape(1, -1, 1).repeat(tasks, 1, 1)  # [T, G, 1]
+    predictions = {
+        count: _adapted(model, inner_lr, backend, support_x, support_y, grid, count)
+        for count in steps
+    }
+    return Fits(
+        x=x.cpu(),
+        truth=waves(grid).squeeze(-1).cpu(),
+        support_x=support_x.squeeze(-1).cpu(),
+        support_y=support_y.squeeze(-1).cpu(),
+        predictions={count: y.squeeze(-1).cpu() for count, y in predictions.items()},
+    )
+
+
+def _step_errors(steps: int, errors: Tensor) -> StepErrors:
+    others = errors[errors <= DIVERGED]
+    return StepErrors(
+        steps,
+        *_mean_and_ci95(errors),
+        median=errors.median().item(),
+        diverged=len(errors) - len(others),
+        mse_others=_mean_and_ci95(others)[0],
+        ci95_others=_mean_and_ci95(others)[1],
+    )
+
+
+def _mean_and_ci95(errors: Tensor) -> tuple[float, float]:
+    if len(errors) < 2 or not errors.isfinite().all():
+        return math.inf, math.inf
+    return errors.mean().item(), 1.96 * errors.std().item() / math.sqrt(len(errors))
+
+
+@torch.no_grad()
+def _adapted(
+    model: nn.Module,
+    inner_lr: float,
+    backend: str,
+    support_x: Tensor,
+    support_y: Tensor,
+    x: Tensor,
+    steps: int,
+) -> Tensor:
+    """Predictions at x [T, M, 1] after `steps` steps on the support rows; NaN if they overflow."""
+    if steps == 0:
+        return model(x)
+    maml = MAML(model, loss="mse", inner_lr=inner_lr, inner_steps=steps, backend=backend)
+    predictions = torch.full_like(x, math.nan)
+    kept = torch.arange(len(x), device=x.device)
+    while len(kept):
+        try:
+            predictions[kept] = maml.adapt(support_x[kept], support_y[kept])(x[kept])
+            break
+        except NonFiniteError as error:
+            if not error.tasks:
+                raise
+            sound = torch.ones_like(kept, dtype=torch.bool)
+            sound[error.tasks] = False
+            kept = kept[sound]
+    return predictions
+
+
+def _sampler(model: nn.Module, seed: int) -> SinusoidTasks:
+    parameter = next(model.parameters())
+    return SinusoidTasks(seed, parameter.device, parameter.dtype)
+
+
+def _check_steps(steps: Sequence[int]) -> None:
+    if not steps or any(step < 0 for step in steps):
+        raise ValueError(f"steps is {tuple(steps)}; wanted are whole numbers of at least 0")

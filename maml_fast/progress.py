@@ -1,0 +1,165 @@
+"""What surrounds a training loop: loss history, progress bar, stop signals, thread count."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from maml_fast.checkpoint import write_atomically
+
+
+class History:
+    """The losses of a run as JSON lines: {"iteration": 100, "loss": 3.2}, and a learned rate."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> History:
+        self._file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def append(self, iteration: int, loss: float, inner_lr: float | None) -> None:
+        """Add a line; without a learned rate, leave that out."""
+        line: dict[str, float] = {"iteration": iteration, "loss": loss}
+        if inner_lr is not None:
+            line["inner_lr"] = inner_lr
+        if self._file is None:
+            raise RuntimeError("History.append() is called outside of its with block")
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Have every line on disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def keep_until(self, iteration: int) -> None:
+        """Drop the lines after `iteration`, which a resumed run writes again, and a torn last one.
+
+        Raises:
+            ValueError: a line in between is not of this format.
+        """
+        kept = []
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                if json.loads(line)["iteration"] <= iteration:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                if number < len(lines):
+                    raise ValueError(f"{self.path}: line {number} is no loss record") from None
+        write_atomically(self.path, "".join(kept).encode())
+
+
+class ProgressLine:
+    """A progress bar with loss and speed on stderr, drawn twice a second by the loop itself.
+
+    Rich's own refresh thread would take the interpreter lock from a loop of short iterations.
+    """
+
+    INTERVAL = 0.5  # seconds
+
+    def __init__(self, done: int, total: int) -> None:
+        self._bar = Progress(
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tasks/s"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            auto_refresh=False,
+            speed_estimate_period=10.0,
+        )
+        self._task = self._bar.add_task("", total=total, completed=done, loss="-", speed="-")
+        self._shown, self._shown_at = done, 0.0
+
+    def __enter__(self) -> ProgressLine:
+        self._bar.start()
+        self._shown_at = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def due(self) -> bool:
+        """Whether the bar is old enough to draw again."""
+        return time.perf_counter() - self._shown_at >= self.INTERVAL
+
+    def show(self, iteration: int, loss: float | None, tasks: int) -> None:
+        """Draw the state after `iteration`; `tasks` is the number of tasks per iteration."""
+        now = time.perf_counter()
+        speed = (iteration - self._shown) * tasks / max(now - self._shown_at, 1e-9)
+        text = "-" if loss is None else f"{loss:.4f}"
+        self._bar.update(
+            self._task, completed=iteration, loss=text, speed=f"{speed:,.0f}", refresh=True
+        )
+        self._shown, self._shown_at = iteration, now
+
+
+class StopRequest:
+    """Set by a signal; `signal` is its number, 0 before."""
+
+    signal = 0
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Within, SIGINT and SIGTERM set the yielded request; a second one acts as it did before.
+
+    Outside the main thread Python delivers no signals, and nothing is changed.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        request.signal = number
+        restore()
+
+    for number in previous:
+        signal.signal(number, stop)
+    try:
+        yield request
+    finally:
+        restore()
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Within, torch uses `count` CPU threads; None leaves it as it is."""
+    if count is not None and count < 1:
+        raise ValueError(f"threads is {count}; wanted is a whole number of at least 1")
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

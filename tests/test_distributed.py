@@ -1,0 +1,58 @@
+"""Two processes under DistributedDataParallel take the step that one takes with all tasks."""
+
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from maml_fast import MAML
+from tests.networks import Draw, assert_close, gradients
+
+SIZES, TASKS, WORLD = (3, 5, 2), 6, 2
+
+
+def build(backend):
+    draw = Draw(0)
+    model, batch = draw.mlp(SIZES), draw.batch("mse", TASKS, 4, 4, SIZES)
+    rate = torch.nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+    return MAML(model, inner_lr=rate, inner_steps=2, backend=backend), batch
+
+
+def worker(rank, store, backend, results):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=60),
+    )
+    maml, batch = build(backend)
+    share = TASKS // WORLD
+    parallel = DistributedDataParallel(maml)
+    loss = parallel(*(t[rank * share :][:share] for t in batch)).loss
+    loss.backward()
+    del parallel, loss  # what holds the group goes before the group does
+    torch.save({name: p.grad for name, p in maml.named_parameters()}, f"{results}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_gradients_are_averaged(tmp_path):
+    arguments = (str(tmp_path / "store"), "torch", str(tmp_path))
+    workers = mp.spawn(worker, arguments, nprocs=WORLD, join=False)
+    deadline = time.monotonic() + 120
+    while not workers.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in workers.processes:
+                process.kill()
+            raise TimeoutError("the processes did not end")
+    maml, batch = build("torch")
+    gradients(maml, batch)
+    wanted = {name: p.grad for name, p in maml.named_parameters()}
+    assert "rates.all" in wanted
+    for rank in range(WORLD):
+        assert_close(torch.load(tmp_path / f"{rank}.pt"), wanted, 1e-12)
