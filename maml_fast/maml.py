@@ -18,7 +18,7 @@ from maml_fast import meta_step
 from maml_fast.finite import check_finite, check_losses
 from maml_fast.inputs import check_batch, check_classes, check_query, check_targets, probe
 from maml_fast.losses import LOSSES
-from maml_fast.plan import BACKENDS, FAST_WEIGHTS, Plan, Shapes, make_plan
+from maml_fast.plan import BACKENDS, FAST_WEIGHTS, Asked, Plan, Shapes, make_plan
 from maml_fast.problem import AdaptedTasks, Loss, Outcome, Problem, TaskBatch
 from maml_fast.rates import InnerRates, Rate
 from maml_fast.trace import signature
@@ -221,23 +221,20 @@ class MAML(nn.Module):
         """The plan for data of these shapes, and a prediction for one task's query rows."""
         x, q = batch.support_x, batch.query_x
         shapes = Shapes(len(x), tuple(x.shape[1:]), tuple(q.shape[1:]), x.dtype, x.device)
-        asked = (self.backend, self.fast_weights, self.chunk_size, self.first_order, self.loss)
-        key = (shapes, inner_steps, asked, signature(self.model))
+        asked = Asked(
+            self.loss,
+            inner_steps,
+            self.first_order,
+            self.backend,
+            self.fast_weights,
+            self.chunk_size,
+        )
+        key = (shapes, asked, signature(self.model))
         if key not in self._plans:
             probe(self.model, "support_x", x[0])
             output = probe(self.model, "query_x", q[0])
-            plan = make_plan(
-                self.model,
-                self.loss,
-                self.backend,
-                self.fast_weights,
-                self.chunk_size,
-                shapes,
-                inner_steps,
-                self.first_order,
-                tuple(output.shape),
-                [name for name, p in self.model.named_parameters() if p.requires_grad],
-            )
+            adapting = [name for name, p in self.model.named_parameters() if p.requires_grad]
+            plan = make_plan(self.model, asked, shapes, tuple(output.shape), adapting)
             self._plans[key] = plan, output
             if len(self._plans) > PLANS_KEPT:
                 self._plans.popitem(last=False)

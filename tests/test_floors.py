@@ -7,7 +7,7 @@ import maml_fast
 
 ROOT = Path(maml_fast.__file__).parent
 FLOORS = [
-    {"errors", "cpu_features"},
+    {"errors", "cpu_features", "cost"},
     {"ops", "losses"},
     {"fast_weights", "trace", "problem"},
     {"rates", "plan"},

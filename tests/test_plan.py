@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from maml_fast import MAML, UnsupportedModelError
-from maml_fast.ops import Linear
-from maml_fast.plan import CPU_PASS_BYTES, _dense_cost, _factored_cost
+from maml_fast.cost import LayerUse, dense_cost, factored_cost
+from maml_fast.plan import CPU_PASS_BYTES
 from maml_fast.trace import trace
 from tests.networks import Draw, assert_close, by_graph, gradients
 
@@ -254,21 +254,27 @@ def test_the_cost_model_counts_the_formula():
     areas = [i * o for i, o in itertools.pairwise(sizes)]
     total = 0
     for layer, (i, o) in enumerate(itertools.pairwise(sizes)):
-        op = Linear("w", None, i, o)
-        total += _dense_cost(op, rows, queries, steps, False, layer == 0, 4).flops
+        use = LayerUse(i, o, rows, queries, steps, first_order=False, first=layer == 0)
+        total += dense_cost(use, itemsize=4).flops
     f_s, f1_s = 2 * rows * sum(areas), 2 * rows * areas[0]
     f_q, f1_q = 2 * queries * sum(areas), 2 * queries * areas[0]
-    assert total == (steps * (3 * f_s - f1_s) + (3 * f_q - f1_q) + steps * (6 * f_s - 4 * f1_s))
+    assert total == steps * (3 * f_s - f1_s) + (3 * f_q - f1_q) + steps * (6 * f_s - 4 * f1_s)
+
+
+def test_the_factored_cost_by_hand():
+    """One step, second order, a layer in the middle: N = 4 rows, M = 6 query rows."""
+    use = LayerUse(7, 5, 4, 6, 1, first_order=False, first=False)
+    cost = factored_cost(use)
+    # forward and backward of 10 rows, 4 rows' tangents both ways, 6 + 2 * 4 rows of the gradient
+    assert cost.shared_flops == 2 * 35 * (2 * 10 + 2 * 4 + 14)
+    # the query against 4 moved rows both ways; step 0 against the adjoint's 6 rows both ways
+    assert cost.small_flops == 2 * 2 * 12 * (6 * 4) + 2 * 2 * 12 * (4 * 6)
 
 
 def test_few_rows_are_factored_and_many_are_dense():
-    op = Linear("w", None, 256, 128)
     for rows, factored in ((5, True), (1024, False)):
-        costs = (
-            _factored_cost(op, rows, rows, 1, False, False).time,
-            _dense_cost(op, rows, rows, 1, False, False, 4).time,
-        )
-        assert (costs[0] < costs[1]) == factored
+        use = LayerUse(256, 128, rows, rows, 1, first_order=False, first=False)
+        assert (factored_cost(use).time < dense_cost(use, 4).time) == factored
 
 
 def test_chunks_bound_what_a_pass_keeps(draw):
