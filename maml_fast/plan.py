@@ -25,7 +25,7 @@ FAST_WEIGHTS = ("auto", "factored", "dense")
 
 # What a pass may keep at once; more tasks than fit are taken in several passes. On a CPU small
 # passes stay near the cache; functional keeps the parameters of every step, and bounds them.
-CPU_PASS_BYTES = {"torch": 16 << 20, "functional": 32 << 20}
+CPU_PASS_BYTES = {"torch": 24 << 20, "functional": 32 << 20}
 GPU_PASS_SHARE = 0.25
 
 
@@ -132,9 +132,7 @@ def make_plan(
     if backend in ("auto", "torch"):
         layers, refusals = _plan_layers(model, asked, shapes, adapting)
     if backend == "torch" and refusals:
-        raise UnsupportedModelError(
-            "backend 'torch' cannot run this model: " + "; ".join(refusals)
-        )
+        raise UnsupportedModelError("backend 'torch' cannot run this model: " + "; ".join(refusals))
     if backend == "auto":
         backend, reason = "torch", "the fastest that runs this model"
         if refusals:
@@ -152,6 +150,8 @@ def make_plan(
     chunk_size = asked.chunk_size
     if chunk_size is None:
         chunk_size = _chunk_size(model, backend, layers, shapes, asked.inner_steps)
+        passes = math.ceil(shapes.tasks / chunk_size)
+        chunk_size = math.ceil(shapes.tasks / passes)  # of about one size
     chunk_size = min(chunk_size, shapes.tasks)
     return Plan(backend, reason, shapes, asked.inner_steps, output, chunk_size, layers, refusals)
 
