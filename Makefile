@@ -23,7 +23,8 @@ help: ## List the targets
 
 # One thread: the network is too small to gain by more, and a busy machine slows them down a lot.
 demo: $(VENV)/.installed-train ## Train the sinusoid for a minute, then evaluate it: table, and plots in runs/demo
-	$(BIN)/maml-fast train sinusoid --iterations $(ITERATIONS) --threads 1 --output $(DEMO) --overwrite
+	$(BIN)/maml-fast train sinusoid --iterations $(ITERATIONS) --inner-lr 0.001 --threads 1 \
+	    --output $(DEMO) --overwrite
 	$(BIN)/maml-fast evaluate $(DEMO)/checkpoint.safetensors --shots 5 10 --plot-dir $(DEMO) \
 	    --json $(DEMO)/evaluation.json
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks import text
 from benchmarks.results import Results
@@ -43,6 +44,7 @@ def _draw(axis: Axes, results: Results, case: str) -> None:
     left = min(timed, default=1.0) / 2
     axis.set_title(case, fontsize=10)
     axis.set_xscale("log")
+    axis.xaxis.set_minor_formatter(NullFormatter())  # they would run into each other
     axis.set_xlim(left, max(timed, default=1.0) * 6)
     axis.set_yticks(range(len(rows)), [row.title for row in rows], fontsize=8)
     axis.set_ylim(-0.6, len(rows) - 0.4)
