@@ -20,6 +20,9 @@ def check_batch(batch: TaskBatch, model_parameter: Tensor | None) -> None:
     for name, tensor in zip(NAMES, batch, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}; wanted is a torch.Tensor")
+        if tensor.is_nested or tensor.is_meta or tensor.is_quantized:
+            kind = "nested" if tensor.is_nested else "meta" if tensor.is_meta else "quantized"
+            raise TypeError(f"{name} is a {kind} tensor; wanted is a plain one")
         if tensor.layout is not torch.strided:
             raise TypeError(f"{name} has layout {tensor.layout}; wanted is a dense tensor")
         if tensor.is_complex():
@@ -100,7 +103,7 @@ def probe(model: nn.Module, name: str, x: Tensor) -> Tensor:
     devices = [x.device] if x.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         try:
-            output = functional_call(model, state, (x,))
+            output = functional_call(model, state, (x.clone(),))  # in-place layers write to it
         except Exception as error:  # the model's own code: anything may come
             kind = TypeError if not x.is_floating_point() else ValueError
             raise kind(

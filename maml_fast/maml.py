@@ -5,16 +5,22 @@ T tasks, N support rows, M query rows, S inner steps.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from maml_fast import meta_step
+from maml_fast.errors import UnsupportedModelError
 from maml_fast.finite import check_finite, check_losses
 from maml_fast.inputs import check_batch, check_classes, check_query, check_targets, probe
 from maml_fast.losses import LOSSES
@@ -22,8 +28,12 @@ from maml_fast.plan import BACKENDS, FAST_WEIGHTS, Asked, Plan, Shapes, make_pla
 from maml_fast.problem import AdaptedTasks, Loss, Outcome, Problem, TaskBatch
 from maml_fast.rates import InnerRates, Rate
 from maml_fast.trace import signature
+from maml_fast.verify import verified
 
 PLANS_KEPT = 32
+_Context = AbstractContextManager[None]
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
 
 
 @dataclass
@@ -48,9 +58,11 @@ class AdaptedModels:
     support_losses: [T, S], the support loss before each inner step.
     """
 
-    def __init__(self, support_x: Tensor, adapted: AdaptedTasks) -> None:
-        self._row = support_x[:, :1]  # [T, 1, ...]: what a query is compared with
-        self._adapted = adapted
+    def __init__(
+        self, support_x: Tensor, adapted: AdaptedTasks, using: Callable[[], _Context]
+    ) -> None:
+        self._row = support_x[:, :1].clone()  # [T, 1, ...]: what a query is compared with
+        self._adapted, self._using = adapted, using
         self.support_losses = adapted.support_losses
 
     def __call__(self, query_x: Tensor) -> Tensor:
@@ -59,7 +71,7 @@ class AdaptedModels:
         Raises ValueError or TypeError if query_x has other tasks or features than support_x.
         """
         check_query(query_x, self._row)
-        with _plain(query_x.device.type):
+        with self._using(), _plain(query_x.device.type):
             return self._adapted.predict(_recordable(query_x))
 
     def parameters(self) -> dict[str, Tensor]:
@@ -105,16 +117,6 @@ class MAML(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}; wanted is an nn.Module")
-        if not callable(loss):
-            _check_choice("loss", loss, LOSSES, " or a callable(prediction, target)")
-        _check_count("inner_steps", inner_steps, least=0)
-        if not isinstance(first_order, bool):
-            raise TypeError(f"first_order is {first_order!r}; wanted is True or False")
-        _check_choice("reduction", reduction, ("mean", "sum"))
-        _check_choice("backend", backend, BACKENDS)
-        _check_choice("fast_weights", fast_weights, FAST_WEIGHTS)
-        if chunk_size is not None:
-            _check_count("chunk_size", chunk_size, least=1)
         self.model = model
         self.loss = loss
         self.rates = InnerRates(inner_lr)
@@ -125,7 +127,28 @@ class MAML(nn.Module):
         self.backend = backend
         self.chunk_size = chunk_size
         self.fast_weights = fast_weights
-        self._plans: OrderedDict[Any, tuple[Plan, Tensor]] = OrderedDict()
+        self._check_options()
+        self._plans: OrderedDict[Any, _Planned] = OrderedDict()
+
+    def _check_options(self) -> None:
+        """The options, which a user may also set after the module was built."""
+        if not callable(self.loss):
+            _check_choice("loss", self.loss, LOSSES, " or a callable(prediction, target)")
+        elif isinstance(self.loss, nn.Module) and any(
+            p.requires_grad for p in self.loss.parameters()
+        ):
+            raise ValueError(
+                "loss has parameters that require grad, for which no gradient is computed; call "
+                "loss.requires_grad_(False), or make them part of the model"
+            )
+        _check_count("inner_steps", self.inner_steps, least=0)
+        if not isinstance(self.first_order, bool):
+            raise TypeError(f"first_order is {self.first_order!r}; wanted is True or False")
+        _check_choice("reduction", self.reduction, ("mean", "sum"))
+        _check_choice("backend", self.backend, BACKENDS)
+        _check_choice("fast_weights", self.fast_weights, FAST_WEIGHTS)
+        if self.chunk_size is not None:
+            _check_count("chunk_size", self.chunk_size, least=1)
 
     @property
     def inner_lr(self) -> Rate | dict[str, Rate]:
@@ -152,7 +175,7 @@ class MAML(nn.Module):
         gradient = torch.is_grad_enabled() and bool(parameters)
 
         def run() -> tuple[Outcome, list[Tensor]]:
-            with _plain(support_x.device.type):
+            with _using(self.model, plan), _plain(support_x.device.type):
                 outcome = meta_step.run(plan, problem, batch, gradient)
                 check_finite(plan, problem, batch, outcome)
             if outcome.gradients is None or outcome.rate_gradients is None:
@@ -187,42 +210,65 @@ class MAML(nn.Module):
         x, y = _recordable(support_x), _recordable(support_y)
         batch = TaskBatch(x, y, x, y)
         plan, problem = self._prepare(batch, steps)
-        with _plain(support_x.device.type):
-            adapted = meta_step.adapt(plan, problem, batch.support_x, batch.support_y)
+        with _using(self.model, plan), _plain(x.device.type):
+            # Copies: what was adapted stays, whatever becomes of the model and of the data.
+            own = {name: p.clone() for name, p in problem.parameters.items()}
+            problem = dataclasses.replace(problem, parameters=own)
+            adapted = meta_step.adapt(plan, problem, x.clone(), y)
         check_losses(adapted.support_losses)
-        return AdaptedModels(x, adapted)
+        return AdaptedModels(x, adapted, functools.partial(_using, self.model, plan))
 
     def plan(self, support_x: Tensor, query_x: Tensor) -> Plan:
         """What would run for data of these shapes, [T, N, ...] and [T, M, ...]; printable."""
-        probed = TaskBatch(support_x, support_x, query_x, query_x)
-        check_batch(probed, next(self.model.parameters(), None))
-        return self._planned(probed, self.inner_steps)[0]
+        self._check_options()
+        x, q = _recordable(support_x), _recordable(query_x)
+        batch = TaskBatch(x, x, q, q)
+        check_batch(batch, next(self.model.parameters(), None))
+        with _using(self.model), _plain(x.device.type):
+            planned = self._planned(batch, self.inner_steps)
+            if not planned.sure:  # without targets: the squared distance from zeros stands in
+                zeros = [
+                    torch.zeros_like(out).expand(len(x), *out.shape) for out in planned.outputs
+                ]
+                stand_in = TaskBatch(x, zeros[0], q, zeros[1])
+                problem = dataclasses.replace(self._problem(self.inner_steps), loss="mse")
+                sure = self._verify(planned, problem, stand_in)
+                planned.sure = sure and isinstance(self.loss, str)
+        return planned.plan
 
     def _prepare(self, batch: TaskBatch, inner_steps: int) -> tuple[Plan, Problem]:
+        self._check_options()
         check_batch(batch, next(self.model.parameters(), None))
-        plan, output = self._planned(batch, inner_steps)
-        check_targets("support_y", batch.support_y, output, self.loss)
-        check_targets("query_y", batch.query_y, output, self.loss)
-        if self.loss == "cross_entropy":
-            check_classes(batch, output.shape[-1])
+        with _using(self.model), _plain(batch.support_x.device.type):
+            planned = self._planned(batch, inner_steps)
+            check_targets("support_y", batch.support_y, planned.outputs[0], self.loss)
+            check_targets("query_y", batch.query_y, planned.outputs[1], self.loss)
+            if self.loss == "cross_entropy":
+                check_classes(batch, planned.outputs[1].shape[-1])
+            problem = self._problem(inner_steps)
+            if not planned.sure:
+                planned.sure = self._verify(planned, problem, batch)
+        return planned.plan, problem
+
+    def _problem(self, inner_steps: int) -> Problem:
         parameters = dict(self.model.named_parameters())
         adapting = [name for name, p in parameters.items() if p.requires_grad]
-        problem = Problem(
+        dtype = next((p.dtype for p in parameters.values()), torch.float64)
+        return Problem(
             model=self.model,
             parameters={name: p.detach() for name, p in parameters.items()},
             loss=self.loss,
             inner_steps=inner_steps,
             first_order=self.first_order,
-            rates=self.rates.table(adapting, inner_steps),
+            rates=self.rates.table(adapting, inner_steps, dtype),
         )
-        return plan, problem
 
-    def _planned(self, batch: TaskBatch, inner_steps: int) -> tuple[Plan, Tensor]:
-        """The plan for data of these shapes, and a prediction for one task's query rows."""
+    def _planned(self, batch: TaskBatch, inner_steps: int) -> _Planned:
+        """The plan for data of these shapes, made or kept from an earlier call."""
         x, q = batch.support_x, batch.query_x
         shapes = Shapes(len(x), tuple(x.shape[1:]), tuple(q.shape[1:]), x.dtype, x.device)
         asked = Asked(
-            self.loss,
+            self.loss if isinstance(self.loss, str) else id(self.loss),
             inner_steps,
             self.first_order,
             self.backend,
@@ -231,14 +277,38 @@ class MAML(nn.Module):
         )
         key = (shapes, asked, signature(self.model))
         if key not in self._plans:
-            probe(self.model, "support_x", x[0])
-            output = probe(self.model, "query_x", q[0])
+            outputs = probe(self.model, "support_x", x[0]), probe(self.model, "query_x", q[0])
             adapting = [name for name, p in self.model.named_parameters() if p.requires_grad]
-            plan = make_plan(self.model, asked, shapes, tuple(output.shape), adapting)
-            self._plans[key] = plan, output
+            make = functools.partial(
+                make_plan, self.model, asked, shapes, tuple(outputs[1].shape), adapting
+            )
+            alive = [self.loss, *self.model.modules(), *self.model.parameters()]
+            self._plans[key] = _Planned(make(), outputs, make, alive)
             if len(self._plans) > PLANS_KEPT:
                 self._plans.popitem(last=False)
         return self._plans[key]
+
+    def _verify(self, planned: _Planned, problem: Problem, batch: TaskBatch) -> bool:
+        """Try the plan on one task; "auto" leaves torch for functional if it must."""
+        try:
+            planned.plan, sure = verified(planned.plan, problem, batch)
+        except UnsupportedModelError as error:
+            if self.backend != "auto" or planned.plan.backend != "torch":
+                raise
+            plan = planned.make(refusals=[str(error)])
+            planned.plan, sure = verified(plan, problem, batch)
+        return sure
+
+
+@dataclass
+class _Planned:
+    """A plan that is kept for data of the same shapes."""
+
+    plan: Plan
+    outputs: tuple[Tensor, Tensor]  # predictions for one task's support and query rows
+    make: Callable[..., Plan]  # make_plan, all but `refusals`
+    alive: list[Any]  # what the plan's key knows by id, so that no other object takes the id
+    sure: bool = False  # whether it was tried against autograd
 
 
 class _MetaStep(torch.autograd.Function):
@@ -262,6 +332,18 @@ class _MetaStep(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: what follows would be lost in silence
             raise RuntimeError("the meta-gradient of MAML cannot be differentiated once more")
         return None, None, *(gradient * d_loss for gradient in ctx.saved_tensors)
+
+
+@contextmanager
+def _using(model: nn.Module, plan: Plan | None = None) -> Iterator[None]:
+    """One thread at a time where a backend puts other parameters into the model for a while."""
+    if plan is not None and plan.backend == "torch":
+        yield
+        return
+    with _LOCKS_LOCK:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    with lock:
+        yield
 
 
 @contextmanager
@@ -295,7 +377,7 @@ def _check_choice(name: str, value: object, known: Any, more: str = "") -> None:
 
 
 def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} is {value!r}; wanted is an integer, {least} or more")
     if value < least:
         raise ValueError(f"{name} is {value}; wanted is {least} or more")

@@ -76,7 +76,7 @@ def _run_pass(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) ->
 def _stepper(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Stepper:
     if plan.backend == "torch":
         return PlannedStepper(problem, batch, plan, gradient)
-    return FunctionalStepper(problem, batch)
+    return FunctionalStepper(problem, batch, plan.forward_mode)
 
 
 def _by_step(losses: list[Tensor], like: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ T tasks, N support rows, M query rows, S inner steps, I/O features of a linear l
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,6 @@ from maml_fast.cost import Cost, LayerUse, choose_form
 from maml_fast.errors import UnavailableBackendError, UnsupportedModelError
 from maml_fast.losses import LOSSES
 from maml_fast.ops import Features, Linear, MergeRows, SplitRows
-from maml_fast.problem import Loss
 from maml_fast.trace import Link, batching_refusals, trace
 
 BACKENDS = ("auto", "triton", "cpu", "torch", "functional", "reference")
@@ -33,7 +32,7 @@ GPU_PASS_SHARE = 0.25
 class Asked:
     """What the user asked for; the options of `MAML` that a plan depends on."""
 
-    loss: Loss
+    loss: str | int  # a name; of a callable, its id
     inner_steps: int
     first_order: bool
     backend: str
@@ -76,6 +75,7 @@ class Plan:
     chunk_size: int
     layers: list[LayerPlan] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
+    forward_mode: bool = True  # how functional takes Hessian-vector products
 
     @property
     def flops(self) -> int:
@@ -119,8 +119,9 @@ def make_plan(
     shapes: Shapes,
     output: tuple[int, ...],
     adapting: Collection[str],
+    refusals: Sequence[str] = (),
 ) -> Plan:
-    """Choose the backend and each layer's form.
+    """Choose the backend and each layer's form; `refusals` are reasons against torch known already.
 
     Raises UnavailableBackendError for a backend that this installation lacks, and
     UnsupportedModelError where an explicit backend cannot run the model, naming layer and reason.
@@ -128,15 +129,15 @@ def make_plan(
     _check_available(asked.backend)
     backend, reason = asked.backend, "as asked"
     layers: list[LayerPlan] = []
-    refusals: list[str] = []
-    if backend in ("auto", "torch"):
+    refusals = list(refusals)
+    if backend in ("auto", "torch") and not refusals:
         layers, refusals = _plan_layers(model, asked, shapes, adapting)
     if backend == "torch" and refusals:
         raise UnsupportedModelError("backend 'torch' cannot run this model: " + "; ".join(refusals))
     if backend == "auto":
-        backend, reason = "torch", "the fastest that runs this model"
+        backend, reason = "torch", "plans every layer"
         if refusals:
-            backend, reason = "functional", reason + "; torch cannot (below)"
+            backend, reason = "functional", "torch cannot run this model (below)"
     if backend != "torch" and asked.fast_weights != "auto":
         raise UnsupportedModelError(
             f"fast_weights={asked.fast_weights!r} is a choice of the planned backends; backend "

@@ -17,20 +17,23 @@ class InnerRates(nn.Module):
     """Holds the rates of `MAML(inner_lr=...)`, so that they move and are saved with the module.
 
     Tensors that are `nn.Parameter`s are registered as parameters, other tensors as buffers; the
-    rate of parameter `net.0.weight` is registered as `net/0/weight`, a single one as `all`.
+    rate of parameter `net.0.weight` is registered as `net/0/weight/lr`, a single one as `lr`.
     """
 
     def __init__(self, spec: Rate | Mapping[str, Rate]) -> None:
         super().__init__()
         self.is_mapping = isinstance(spec, Mapping)
-        entries = dict(spec) if isinstance(spec, Mapping) else {"all": spec}
+        entries = dict(spec) if isinstance(spec, Mapping) else {"": spec}
         self._numbers: dict[str, float] = {}
         self._names = list(entries)
         for name, rate in entries.items():
-            label = f"inner_lr[{name!r}]" if self.is_mapping else "inner_lr"
-            self._register(str(name), rate, label)
+            self._register(str(name), rate)
 
-    def _register(self, name: str, rate: object, label: str) -> None:
+    def _label(self, name: str) -> str:
+        return f"inner_lr[{name!r}]" if self.is_mapping else "inner_lr"
+
+    def _register(self, name: str, rate: object) -> None:
+        label = self._label(name)
         if isinstance(rate, Tensor):
             if not rate.is_floating_point():
                 raise TypeError(f"{label} is a tensor of {rate.dtype}; a floating type is wanted")
@@ -55,7 +58,7 @@ class InnerRates(nn.Module):
     def spec(self) -> Rate | dict[str, Rate]:
         """The rates in the form they were given."""
         entries = {name: self._entry(name) for name in self._names}
-        return entries if self.is_mapping else entries["all"]
+        return entries if self.is_mapping else entries[""]
 
     def _entry(self, name: str) -> Rate:
         return self._numbers[name] if name in self._numbers else getattr(self, _key(name))
@@ -70,14 +73,17 @@ class InnerRates(nn.Module):
                     f"inner_lr names {unknown}, which the model does not have; it has {known}"
                 )
 
-    def table(self, adapting: Iterable[str], inner_steps: int) -> RateTable:
-        """Rates of the given parameters, spelled out for each inner step."""
-        spelled = {name: self._spell(name, inner_steps) for name in self._names}
+    def table(
+        self, adapting: Iterable[str], inner_steps: int, dtype: torch.dtype = torch.float64
+    ) -> RateTable:
+        """Rates of the given parameters, spelled out for each inner step; finite in `dtype`."""
+        largest = torch.finfo(dtype).max
+        spelled = {name: self._spell(name, inner_steps, largest) for name in self._names}
         learning = {name for name in self._names if _learns(self._entry(name))}
         if not self.is_mapping:
             names = list(adapting)
             return RateTable(
-                dict.fromkeys(names, spelled["all"]), frozenset(names if learning else ())
+                dict.fromkeys(names, spelled[""]), frozenset(names if learning else ())
             )
         missing = [name for name in adapting if name not in spelled]
         if missing:
@@ -88,18 +94,19 @@ class InnerRates(nn.Module):
         values = {name: spelled[name] for name in adapting}
         return RateTable(values, frozenset(learning & set(values)))
 
-    def _spell(self, name: str, inner_steps: int) -> tuple[float, ...]:
+    def _spell(self, name: str, inner_steps: int, largest: float) -> tuple[float, ...]:
         rate = self._entry(name)
         if isinstance(rate, float):
+            _check_finite(self._label(name), [rate], largest)
             return (rate,) * inner_steps
-        label = f"inner_lr[{name!r}]" if self.is_mapping else "inner_lr"
+        label = self._label(name)
         if rate.dim() == 1 and len(rate) != inner_steps:
             raise ValueError(
                 f"{label} has {len(rate)} rates, one per inner step, but inner_steps is "
                 f"{inner_steps}"
             )
         values = rate.detach().reshape(-1).tolist()
-        _check_finite(label, values)
+        _check_finite(label, values, largest)
         return tuple(values) if rate.dim() == 1 else (values[0],) * inner_steps
 
     def learning(self) -> list[Tensor]:
@@ -112,7 +119,7 @@ class InnerRates(nn.Module):
         """Gradients of `learning()` from those of the table: {name: [S]}."""
         totals = {id(tensor): torch.zeros_like(tensor) for tensor in self.learning()}
         for name, gradient in rate_gradients.items():
-            rate = self._entry(name if self.is_mapping else "all")
+            rate = self._entry(name if self.is_mapping else "")
             if isinstance(rate, Tensor):
                 total = gradient.sum() if rate.dim() == 0 else gradient
                 totals[id(rate)] += total.to(rate)
@@ -124,9 +131,11 @@ def _learns(rate: Rate) -> bool:
 
 
 def _key(name: str) -> str:
-    return name.replace(".", "/")
+    return name.replace(".", "/") + "/lr" if name else "lr"
 
 
-def _check_finite(label: str, values: list[float]) -> None:
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"{label} is {values}; learning rates must be finite numbers")
+def _check_finite(label: str, values: list[float], largest: float = math.inf) -> None:
+    if not all(math.isfinite(value) and abs(value) <= largest for value in values):
+        raise ValueError(
+            f"{label} is {values}; learning rates must be finite numbers in the model's dtype"
+        )

@@ -5,6 +5,7 @@ A chain is a straight line from the one input to the one output: every value is 
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ CALLS = {call: build for op in OPERATIONS for call, build in op.calls.items()}
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 DROPOUT_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
 _AT_RANDOM = "draws at random with p={}; call model.eval() or set p=0"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = tuple("_global" + hooks for hooks in HOOKS)
 RESHAPES = ("view", "reshape", torch.reshape)
 
 
@@ -56,16 +59,18 @@ class _Tracer(fx.Tracer):
 def trace(model: nn.Module) -> Chain:
     """The chain of operations that `model` computes from its first argument."""
     chain = Chain()
-    chain.refusals += [
-        f"layer '{name or 'model'}' ({type(module).__name__}): has hooks, which would not run"
-        for name, module in model.named_modules()
-        if any(
-            getattr(module, hooks)
-            for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-        )
-    ]
+    for name, module in model.named_modules():
+        layer = f"layer '{name or 'model'}' ({type(module).__name__})"
+        if _hooks(module):
+            chain.refusals.append(f"{layer}: has hooks, which would not run")
+        if "forward" in vars(module):
+            chain.refusals.append(f"{layer}: has a forward of its own, beside its class's")
+    if any(getattr(torch.nn.modules.module, hooks) for hooks in GLOBAL_HOOKS):
+        chain.refusals.append("hooks on all modules are set, which would not run")
+    if chain.refusals:
+        return chain
     try:
-        graph = _Tracer().trace(model)
+        graph = _Tracer().trace(model, concrete_args=_defaults(model))
     except Exception as error:  # the model's own code runs under the tracer: anything may come
         chain.refusals.append(f"{type(model).__name__}: torch.fx cannot trace it: {error}")
         return chain
@@ -92,17 +97,27 @@ def trace(model: nn.Module) -> Chain:
     return chain
 
 
+def _hooks(module: nn.Module) -> int:
+    return sum(len(getattr(module, hooks)) for hooks in HOOKS)
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """Arguments of forward beside the data, at their defaults, as a call with one argument has."""
+    arguments = list(inspect.signature(model.forward).parameters.values())[1:]
+    return {a.name: a.default for a in arguments if a.default is not a.empty}
+
+
 def _spine(graph: fx.Graph, chain: Chain) -> Iterator[fx.Node]:
     """The nodes that carry the data: from the input on, without parameters and row counts."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if not inputs:
         chain.refusals.append("forward takes no input")
         return
-    for extra in inputs[1:]:
-        if extra.users:
-            chain.refusals.append(f"forward uses a second input, '{extra.name}'")
+    from_data = {inputs[0]}  # and not from an argument's default, or from nothing
     for node in graph.nodes:
-        if node.op == "get_attr" or _is_row_count(node) or node in inputs[1:]:
+        if not from_data.isdisjoint(node.all_input_nodes):
+            from_data.add(node)
+        if node.op != "output" and (node not in from_data or _is_row_count(node)):
             continue
         if not node.users and node.op not in ("output", "placeholder"):
             continue  # computed and not used
@@ -147,6 +162,8 @@ def _recognise(
         return _from_view(node)
     if node.target not in CALLS:
         raise _Refused("no planned operation")
+    if any(isinstance(value, fx.Node) and value is not previous for value in arguments):
+        raise _Refused("an argument is computed from the data")
     positional = [None if value is previous else value for value in node.args]
     named = {key: None if value is previous else value for key, value in node.kwargs.items()}
     return CALLS[node.target](*positional, **named)
@@ -248,19 +265,40 @@ def batching_refusals(model: nn.Module) -> list[str]:
     return found
 
 
+INTERNAL = frozenset(vars(nn.Module()))  # what every module has; `training` is asked for by name
+
+
 def signature(model: nn.Module) -> tuple[Any, ...]:
-    """What a trace of `model` depends on, cheap to compare: change it and the plan is made anew."""
+    """What a plan for `model` depends on, cheap to compare: change it and the plan is made anew.
+
+    Modules, their classes, modes, hooks, parameters and plain attributes; not globals, class
+    attributes or the values of buffers, which a forward may read too.
+    """
     return tuple(
         (
             name,
             id(module),
-            *(v for v in vars(module).values() if isinstance(v, (bool, int, float, str))),
+            type(module),
+            id(type(module).forward),
+            module.training,
+            _hooks(module),
+            *(_plain(v) for key, v in vars(module).items() if key not in INTERNAL),
             *(
-                (key, id(p), p.requires_grad)
+                (key, id(p), p.requires_grad, p.shape)
                 for key, p in module._parameters.items()
                 if isinstance(p, Tensor)
             ),
-            len(module._forward_hooks) + len(module._forward_pre_hooks),
         )
         for name, module in model.named_modules()
     )
+
+
+def _plain(value: Any) -> Any:
+    """A hashable stand-in for an attribute's value."""
+    if value is None or isinstance(value, (bool, int, float, complex, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((key, _plain(v)) for key, v in value.items())
+    return id(value)

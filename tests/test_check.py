@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maml_fast import MAML, check
+from maml_fast import MAML, UnsupportedModelError, check
 from maml_fast.fast_weights import DenseLinear, FactoredInput
 
 SIZES = (3, 12, 12, 2)
@@ -33,13 +33,15 @@ def test_right(backend, case):
 def test_wrong(form, stage, case, monkeypatch):
     """A Hessian-vector product that is off by one part in a thousand."""
     model, batch = case
+    maml = MAML(model, inner_lr=0.1, backend="torch", fast_weights=form)
+    maml(*batch)  # a plan is tried before it is first used, which would catch it too
     right = stage.tangent
 
     def wrong(self, *args):
         return right(self, *args) * 1.001
 
     monkeypatch.setattr(stage, "tangent", wrong)
-    report = check(MAML(model, inner_lr=0.1, backend="torch", fast_weights=form), *batch)
+    report = check(maml, *batch)
     assert not report.passed
     failed = {t.name for t in report.tensors if not t.passed}
     assert "gradient of 0.weight" in failed
@@ -49,6 +51,9 @@ def test_wrong(form, stage, case, monkeypatch):
 
 def test_silent_first_order_is_caught(case, monkeypatch):
     model, batch = case
-    monkeypatch.setattr(DenseLinear, "pull_back", lambda self, *args: None)
     maml = MAML(model, inner_lr=0.1, backend="torch", fast_weights="dense")
+    maml(*batch)
+    monkeypatch.setattr(DenseLinear, "pull_back", lambda self, *args: None)
     assert not check(maml, *batch).passed
+    with pytest.raises(UnsupportedModelError, match="another result than autograd"):
+        MAML(model, inner_lr=0.1, backend="torch", fast_weights="dense")(*batch)

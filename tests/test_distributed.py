@@ -53,6 +53,6 @@ def test_gradients_are_averaged(tmp_path):
     maml, batch = build("torch")
     gradients(maml, batch)
     wanted = {name: p.grad for name, p in maml.named_parameters()}
-    assert "rates.all" in wanted
+    assert "rates.lr" in wanted
     for rank in range(WORLD):
         assert_close(torch.load(tmp_path / f"{rank}.pt"), wanted, 1e-12)

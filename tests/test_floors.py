@@ -13,7 +13,7 @@ FLOORS = [
     {"rates", "plan"},
     {"backends", "inputs"},
     {"meta_step"},
-    {"finite"},
+    {"finite", "verify"},
     {"maml"},
     {"check"},
     {"models", "tasks"},

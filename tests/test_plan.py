@@ -109,7 +109,7 @@ REFUSED = [
         lambda: nn.utils.parametrize.register_parametrization(
             nn.Linear(IN, OUT), "weight", nn.Tanh()
         ),
-        r"layer 'parametrizations.weight' \(ParametrizationList\)",
+        r"layer 'linear' \(linear\)",
     ),
 ]
 

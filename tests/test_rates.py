@@ -112,15 +112,15 @@ def test_rates_move_and_are_saved_with_the_module(model):
     rates["0.bias"] = torch.tensor(0.4)
     maml = MAML(model, inner_lr=rates, inner_steps=3)
     state = maml.state_dict()
-    assert torch.equal(state["rates.0/weight"], torch.tensor([0.1, 0.2, 0.3]))
-    assert torch.equal(state["rates.0/bias"], torch.tensor(0.4))
-    assert "rates.0/weight" in dict(maml.named_parameters())
+    assert torch.equal(state["rates.0/weight/lr"], torch.tensor([0.1, 0.2, 0.3]))
+    assert torch.equal(state["rates.0/bias/lr"], torch.tensor(0.4))
+    assert "rates.0/weight/lr" in dict(maml.named_parameters())
     assert maml.inner_lr["2.bias"] == 0.1
     maml.double()
     assert maml.inner_lr["0.weight"] is rates["0.weight"]
     assert maml.inner_lr["0.weight"].dtype == torch.float64
     other = MAML(model, inner_lr=nn.Parameter(torch.zeros(3)), inner_steps=3)
-    other.load_state_dict({**other.state_dict(), "rates.all": torch.ones(3)})
+    other.load_state_dict({**other.state_dict(), "rates.lr": torch.ones(3)})
     assert torch.equal(other.inner_lr, torch.ones(3))
 
 

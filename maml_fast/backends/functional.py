@@ -54,10 +54,10 @@ HINTS = (
 class FunctionalStepper:
     """The meta-step of one chunk of tasks, for `meta_step.drive`."""
 
-    def __init__(self, problem: Problem, batch: TaskBatch) -> None:
+    def __init__(self, problem: Problem, batch: TaskBatch, forward_mode: bool = True) -> None:
         self.problem, self.batch = problem, batch
+        self.forward_mode = forward_mode
         self.loss_fn = FORMULAS[problem.loss] if isinstance(problem.loss, str) else problem.loss
-        self.forward_mode = True
         self.frozen = {
             name: tensor
             for name, tensor in problem.parameters.items()
@@ -70,7 +70,8 @@ class FunctionalStepper:
         }
 
     def _loss(self, theta: Parameters, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        output = functional_call(self.problem.model, {**theta, **self.frozen}, (x,))
+        # A copy of the data: a first layer may work in place.
+        output = functional_call(self.problem.model, {**theta, **self.frozen}, (x.clone(),))
         return one_loss(self.loss_fn, output, y), output
 
     def _gradient(
@@ -176,7 +177,7 @@ class AdaptedByFunctional:
         problem, frozen = self.stepper.problem, self.stepper.frozen
 
         def call(theta: Parameters, x: Tensor) -> Tensor:
-            return functional_call(problem.model, {**theta, **frozen}, (x,))
+            return functional_call(problem.model, {**theta, **frozen}, (x.clone(),))
 
         batched = vmap(call, in_dims=(_axis(self.shared), 0))
         return _guard(problem, lambda: batched(self.theta, query_x))

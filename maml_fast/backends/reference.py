@@ -27,7 +27,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 def _predict(problem: Problem, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
     # Buffers are copies, so that a module that counts or keeps running statistics stays as it was.
     buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
-    return functional_call(problem.model, {**parameters, **buffers}, (x,))
+    # A copy of the data too: a first layer may work in place.
+    return functional_call(problem.model, {**parameters, **buffers}, (x.clone(),))
 
 
 def _leaves(problem: Problem) -> dict[str, Tensor]:

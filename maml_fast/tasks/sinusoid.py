@@ -68,7 +68,9 @@ class SinusoidTasks:
         self.phase = _interval("phase", phase)
         self.x_range = _interval("x_range", x_range)
         self._generator = torch.Generator(self.device)
-        self._generator.manual_seed(_whole("seed", seed, least=0))
+        if _whole("seed", seed, least=0) >= 2**63:
+            raise ValueError(f"seed is {seed}; wanted is a whole number below 2^63")
+        self._generator.manual_seed(seed)
 
     def sample(self, tasks: int = 25, shots: int = 10, query_shots: int = 10) -> Episodes:
         """`tasks` new tasks with `shots` support rows and `query_shots` query rows each."""

@@ -1,0 +1,113 @@
+"""A new plan is tried on one task against autograd before it is used.
+
+torch.fx and torch.func see what a model computes, not all that it is: gradients switched off by
+`torch.no_grad` or `.data`, a forward that asks for a tensor's type, and the like go past them in
+silence. One task's losses, outputs and meta-gradient tell.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from maml_fast import meta_step
+from maml_fast.backends import reference
+from maml_fast.errors import UnsupportedModelError
+from maml_fast.plan import Plan
+from maml_fast.problem import Outcome, Problem, RateTable, TaskBatch
+
+SINGLE_BOUND, DOUBLE_BOUND = 1e-3, 1e-6
+REASON = (
+    "gives another result than autograd on the first task: the model or its loss does something "
+    "that {eyes} does not see, such as torch.no_grad, .data, a test of a tensor's type, or a draw "
+    "at random"
+)
+
+
+def verified(plan: Plan, problem: Problem, batch: TaskBatch) -> tuple[Plan, bool]:
+    """The plan, if its meta-gradient of the first task is autograd's; else one that is.
+
+    False beside it: autograd's own is not finite, so that nothing could be compared. A plan of
+    backend functional may give up forward mode, which does not heed `torch.no_grad`. Raises
+    UnsupportedModelError where none of the backend's ways agrees.
+    """
+    if plan.backend == "reference":
+        return plan, True
+    verdict = agrees(plan, problem, batch)
+    if verdict is False and plan.backend == "functional":
+        plan = dataclasses.replace(plan, forward_mode=False)
+        verdict = agrees(plan, problem, batch)
+    if verdict is not False:
+        return plan, bool(verdict)
+    eyes = "torch.fx" if plan.backend == "torch" else "torch.func"
+    raise UnsupportedModelError(f"backend {plan.backend!r} {REASON.format(eyes=eyes)}")
+
+
+def agrees(plan: Plan, problem: Problem, batch: TaskBatch) -> bool | None:
+    """Whether the first task's meta-step, with at most one inner step, is autograd's.
+
+    None where autograd's is not finite.
+    """
+    problem = dataclasses.replace(
+        problem, inner_steps=min(1, problem.inner_steps), rates=_first_rates(problem.rates)
+    )
+    batch = TaskBatch(*(tensor[:1] for tensor in batch))
+    distance = _distance(plan, problem, batch)
+    bound = DOUBLE_BOUND if batch.support_x.dtype == torch.float64 else SINGLE_BOUND
+    if distance is None or distance <= bound:
+        return None if distance is None else True
+    try:  # rounding, or a kink, may be to blame: float64 decides
+        distance = _distance(plan, *in_float64(problem, batch))
+        return distance is not None and distance <= DOUBLE_BOUND
+    except (RuntimeError, TypeError, ValueError):
+        return False
+
+
+def _distance(plan: Plan, problem: Problem, batch: TaskBatch) -> float | None:
+    """The relative difference of losses and outputs, or of gradients; None if not finite."""
+    gradient = bool(problem.adapting)
+    wanted = _tensors(reference.meta_step(problem, batch, gradient))
+    if not all(tensor.isfinite().all() for tensor in wanted.values()):
+        return None
+    found = _tensors(meta_step.run(plan, problem, batch, gradient))
+    # Gradients together: one that cancels to rounding has no relative error of its own.
+    worst = 0.0
+    for names in ([n for n in wanted if n not in problem.parameters], problem.adapting):
+        scale = _norm([wanted[name] for name in names])
+        difference = _norm([found[name] - wanted[name] for name in names])
+        if difference:
+            worst = max(worst, difference / scale if scale else float("inf"))
+    return worst
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return sum(tensor.double().square().sum().item() for tensor in tensors) ** 0.5
+
+
+def _tensors(outcome: Outcome) -> Mapping[str, Tensor]:
+    return {
+        "support losses": outcome.support_losses,
+        "task losses": outcome.task_losses,
+        "outputs": outcome.query_outputs,
+        **(outcome.gradients or {}),
+    }
+
+
+def _first_rates(rates: RateTable) -> RateTable:
+    return RateTable({name: values[:1] for name, values in rates.values.items()})
+
+
+def in_float64(problem: Problem, batch: TaskBatch) -> tuple[Problem, TaskBatch]:
+    """The same problem and data in float64, on copies."""
+    loss = problem.loss
+    doubled = dataclasses.replace(
+        problem,
+        model=copy.deepcopy(problem.model).double(),
+        parameters={name: p.double() for name, p in problem.parameters.items()},
+        loss=copy.deepcopy(loss).double() if isinstance(loss, nn.Module) else loss,
+    )
+    return doubled, TaskBatch(*(t.double() if t.is_floating_point() else t for t in batch))
