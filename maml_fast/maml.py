@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -20,20 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from maml_fast import meta_step
-from maml_fast.errors import UnsupportedModelError
 from maml_fast.finite import check_finite, check_losses
-from maml_fast.inputs import check_batch, check_classes, check_query, check_targets, probe
+from maml_fast.inputs import check_batch, check_classes, check_query, check_targets
 from maml_fast.losses import LOSSES
-from maml_fast.plan import BACKENDS, FAST_WEIGHTS, Asked, Plan, Shapes, make_plan
+from maml_fast.plan import BACKENDS, FAST_WEIGHTS, Asked, Plan
+from maml_fast.planner import Planner
 from maml_fast.problem import AdaptedTasks, Loss, Outcome, Problem, TaskBatch
 from maml_fast.rates import InnerRates, Rate
-from maml_fast.trace import signature
-from maml_fast.verify import verified
-
-PLANS_KEPT = 32
-_Context = AbstractContextManager[None]
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-_LOCKS_LOCK = threading.Lock()
+from maml_fast.surroundings import plain, recordable, using
 
 
 @dataclass
@@ -59,7 +50,10 @@ class AdaptedModels:
     """
 
     def __init__(
-        self, support_x: Tensor, adapted: AdaptedTasks, using: Callable[[], _Context]
+        self,
+        support_x: Tensor,
+        adapted: AdaptedTasks,
+        using: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._row = support_x[:, :1].clone()  # [T, 1, ...]: what a query is compared with
         self._adapted, self._using = adapted, using
@@ -71,12 +65,12 @@ class AdaptedModels:
         Raises ValueError or TypeError if query_x has other tasks or features than support_x.
         """
         check_query(query_x, self._row)
-        with self._using(), _plain(query_x.device.type):
-            return self._adapted.predict(_recordable(query_x))
+        with self._using(), plain(query_x.device.type):
+            return self._adapted.predict(recordable(query_x))
 
     def parameters(self) -> dict[str, Tensor]:
         """Adapted parameters, {name: [T, *shape]}, by the names of `model.named_parameters()`."""
-        with _plain(self._row.device.type):
+        with plain(self._row.device.type):
             return self._adapted.parameters()
 
 
@@ -128,7 +122,7 @@ class MAML(nn.Module):
         self.chunk_size = chunk_size
         self.fast_weights = fast_weights
         self._check_options()
-        self._plans: OrderedDict[Any, _Planned] = OrderedDict()
+        self._planner = Planner()
 
     def _check_options(self) -> None:
         """The options, which a user may also set after the module was built."""
@@ -167,7 +161,7 @@ class MAML(nn.Module):
         Raises ValueError or TypeError for data that do not fit, NonFiniteError where a loss or a
         gradient is NaN or infinite, UnsupportedModelError where the backend cannot run the model.
         """
-        batch = TaskBatch(*map(_recordable, (support_x, support_y, query_x, query_y)))
+        batch = TaskBatch(*map(recordable, (support_x, support_y, query_x, query_y)))
         plan, problem = self._prepare(batch, self.inner_steps)
         named = dict(self.model.named_parameters())
         parameters = [named[name] for name in problem.adapting]
@@ -175,7 +169,7 @@ class MAML(nn.Module):
         gradient = torch.is_grad_enabled() and bool(parameters)
 
         def run() -> tuple[Outcome, list[Tensor]]:
-            with _using(self.model, plan), _plain(support_x.device.type):
+            with using(self.model, plan), plain(support_x.device.type):
                 outcome = meta_step.run(plan, problem, batch, gradient)
                 check_finite(plan, problem, batch, outcome)
             if outcome.gradients is None or outcome.rate_gradients is None:
@@ -207,48 +201,60 @@ class MAML(nn.Module):
         """
         steps = self.inner_steps if inner_steps is None else inner_steps
         _check_count("inner_steps", steps, least=0)
-        x, y = _recordable(support_x), _recordable(support_y)
+        x, y = recordable(support_x), recordable(support_y)
         batch = TaskBatch(x, y, x, y)
         plan, problem = self._prepare(batch, steps)
-        with _using(self.model, plan), _plain(x.device.type):
+        with using(self.model, plan), plain(x.device.type):
             # Copies: what was adapted stays, whatever becomes of the model and of the data.
             own = {name: p.clone() for name, p in problem.parameters.items()}
             problem = dataclasses.replace(problem, parameters=own)
             adapted = meta_step.adapt(plan, problem, x.clone(), y)
         check_losses(adapted.support_losses)
-        return AdaptedModels(x, adapted, functools.partial(_using, self.model, plan))
+        return AdaptedModels(x, adapted, functools.partial(using, self.model, plan))
 
     def plan(self, support_x: Tensor, query_x: Tensor) -> Plan:
         """What would run for data of these shapes, [T, N, ...] and [T, M, ...]; printable."""
         self._check_options()
-        x, q = _recordable(support_x), _recordable(query_x)
+        x, q = recordable(support_x), recordable(query_x)
         batch = TaskBatch(x, x, q, q)
         check_batch(batch, next(self.model.parameters(), None))
-        with _using(self.model), _plain(x.device.type):
-            planned = self._planned(batch, self.inner_steps)
+        with using(self.model), plain(x.device.type):
+            planned = self._planner.plan_for(
+                self.model, self.loss, self._asked(self.inner_steps), batch
+            )
             if not planned.sure:  # without targets: the squared distance from zeros stands in
                 zeros = [
                     torch.zeros_like(out).expand(len(x), *out.shape) for out in planned.outputs
                 ]
                 stand_in = TaskBatch(x, zeros[0], q, zeros[1])
                 problem = dataclasses.replace(self._problem(self.inner_steps), loss="mse")
-                sure = self._verify(planned, problem, stand_in)
+                sure = planned.try_out(problem, stand_in)
                 planned.sure = sure and isinstance(self.loss, str)
         return planned.plan
 
     def _prepare(self, batch: TaskBatch, inner_steps: int) -> tuple[Plan, Problem]:
         self._check_options()
         check_batch(batch, next(self.model.parameters(), None))
-        with _using(self.model), _plain(batch.support_x.device.type):
-            planned = self._planned(batch, inner_steps)
+        with using(self.model), plain(batch.support_x.device.type):
+            planned = self._planner.plan_for(self.model, self.loss, self._asked(inner_steps), batch)
             check_targets("support_y", batch.support_y, planned.outputs[0], self.loss)
             check_targets("query_y", batch.query_y, planned.outputs[1], self.loss)
             if self.loss == "cross_entropy":
                 check_classes(batch, planned.outputs[1].shape[-1])
             problem = self._problem(inner_steps)
             if not planned.sure:
-                planned.sure = self._verify(planned, problem, batch)
+                planned.sure = planned.try_out(problem, batch)
         return planned.plan, problem
+
+    def _asked(self, inner_steps: int) -> Asked:
+        return Asked(
+            self.loss if isinstance(self.loss, str) else id(self.loss),
+            inner_steps,
+            self.first_order,
+            self.backend,
+            self.fast_weights,
+            self.chunk_size,
+        )
 
     def _problem(self, inner_steps: int) -> Problem:
         parameters = dict(self.model.named_parameters())
@@ -262,53 +268,6 @@ class MAML(nn.Module):
             first_order=self.first_order,
             rates=self.rates.table(adapting, inner_steps, dtype),
         )
-
-    def _planned(self, batch: TaskBatch, inner_steps: int) -> _Planned:
-        """The plan for data of these shapes, made or kept from an earlier call."""
-        x, q = batch.support_x, batch.query_x
-        shapes = Shapes(len(x), tuple(x.shape[1:]), tuple(q.shape[1:]), x.dtype, x.device)
-        asked = Asked(
-            self.loss if isinstance(self.loss, str) else id(self.loss),
-            inner_steps,
-            self.first_order,
-            self.backend,
-            self.fast_weights,
-            self.chunk_size,
-        )
-        key = (shapes, asked, signature(self.model))
-        if key not in self._plans:
-            outputs = probe(self.model, "support_x", x[0]), probe(self.model, "query_x", q[0])
-            adapting = [name for name, p in self.model.named_parameters() if p.requires_grad]
-            make = functools.partial(
-                make_plan, self.model, asked, shapes, tuple(outputs[1].shape), adapting
-            )
-            alive = [self.loss, *self.model.modules(), *self.model.parameters()]
-            self._plans[key] = _Planned(make(), outputs, make, alive)
-            if len(self._plans) > PLANS_KEPT:
-                self._plans.popitem(last=False)
-        return self._plans[key]
-
-    def _verify(self, planned: _Planned, problem: Problem, batch: TaskBatch) -> bool:
-        """Try the plan on one task; "auto" leaves torch for functional if it must."""
-        try:
-            planned.plan, sure = verified(planned.plan, problem, batch)
-        except UnsupportedModelError as error:
-            if self.backend != "auto" or planned.plan.backend != "torch":
-                raise
-            plan = planned.make(refusals=[str(error)])
-            planned.plan, sure = verified(plan, problem, batch)
-        return sure
-
-
-@dataclass
-class _Planned:
-    """A plan that is kept for data of the same shapes."""
-
-    plan: Plan
-    outputs: tuple[Tensor, Tensor]  # predictions for one task's support and query rows
-    make: Callable[..., Plan]  # make_plan, all but `refusals`
-    alive: list[Any]  # what the plan's key knows by id, so that no other object takes the id
-    sure: bool = False  # whether it was tried against autograd
 
 
 class _MetaStep(torch.autograd.Function):
@@ -332,37 +291,6 @@ class _MetaStep(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: what follows would be lost in silence
             raise RuntimeError("the meta-gradient of MAML cannot be differentiated once more")
         return None, None, *(gradient * d_loss for gradient in ctx.saved_tensors)
-
-
-@contextmanager
-def _using(model: nn.Module, plan: Plan | None = None) -> Iterator[None]:
-    """One thread at a time where a backend puts other parameters into the model for a while."""
-    if plan is not None and plan.backend == "torch":
-        yield
-        return
-    with _LOCKS_LOCK:
-        lock = _LOCKS.setdefault(model, threading.RLock())
-    with lock:
-        yield
-
-
-@contextmanager
-def _plain(device_type: str) -> Iterator[None]:
-    """Neither autocast nor inference mode nor a graph: the backends record what they need."""
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(device_type, enabled=False),
-    ):
-        yield
-
-
-def _recordable(x: Tensor) -> Tensor:
-    """A tensor made in inference mode cannot be recorded by autograd; its copy can."""
-    if not isinstance(x, Tensor) or not x.is_inference():
-        return x
-    with torch.inference_mode(False):
-        return x.clone()
 
 
 def _reduce(task_losses: Tensor, reduction: str) -> Tensor:

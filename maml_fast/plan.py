@@ -69,8 +69,8 @@ class Plan:
 
     backend: str
     reason: str
+    asked: Asked
     shapes: Shapes
-    inner_steps: int
     output: tuple[int, ...]  # [M, *features] of a prediction
     chunk_size: int
     layers: list[LayerPlan] = field(default_factory=list)
@@ -87,7 +87,7 @@ class Plan:
         lines = [
             f"backend {self.backend}: {self.reason}",
             f"{shapes.tasks} tasks, {self.chunk_size} a pass; {shapes.support[0]} support and "
-            f"{shapes.query[0]} query rows; {self.inner_steps} inner steps; "
+            f"{shapes.query[0]} query rows; {self.asked.inner_steps} inner steps; "
             f"{str(shapes.dtype).removeprefix('torch.')} on {shapes.device}",
         ]
         if self.layers:
@@ -154,7 +154,7 @@ def make_plan(
         passes = math.ceil(shapes.tasks / chunk_size)
         chunk_size = math.ceil(shapes.tasks / passes)  # of about one size
     chunk_size = min(chunk_size, shapes.tasks)
-    return Plan(backend, reason, shapes, asked.inner_steps, output, chunk_size, layers, refusals)
+    return Plan(backend, reason, asked, shapes, output, chunk_size, layers, refusals)
 
 
 def _check_available(backend: str) -> None:

@@ -1,0 +1,75 @@
+"""Plans that are kept: made once for a model and data of the same shapes, and tried before use."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from maml_fast.errors import UnsupportedModelError
+from maml_fast.inputs import probe
+from maml_fast.plan import Asked, Plan, Shapes, make_plan
+from maml_fast.problem import Loss, Problem, TaskBatch
+from maml_fast.trace import signature
+from maml_fast.verify import verified
+
+PLANS_KEPT = 32
+
+
+@dataclass
+class Planned:
+    """A plan, and what came of making it."""
+
+    plan: Plan
+    outputs: tuple[Tensor, Tensor]  # predictions for one task's support and query rows
+    make: Callable[..., Plan]  # make_plan, all but `refusals`
+    alive: list[Any]  # what the plan's key knows by id, so that no other object takes the id
+    sure: bool = False  # whether it was tried against autograd
+
+    def try_out(self, problem: Problem, batch: TaskBatch) -> bool:
+        """Try the plan on the first task; "auto" leaves torch for functional if it must.
+
+        Returns whether there was something to compare with. Raises UnsupportedModelError if the
+        plan disagrees with autograd, and no other may take its place.
+        """
+        try:
+            self.plan, sure = verified(self.plan, problem, batch)
+        except UnsupportedModelError as error:
+            if self.plan.asked.backend != "auto" or self.plan.backend != "torch":
+                raise
+            self.plan, sure = verified(self.make(refusals=[str(error)]), problem, batch)
+        return sure
+
+
+class Planner:
+    """The latest plans of one `MAML`. A copy of it begins empty: keys hold ids of this process."""
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[Any, Planned] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type[Planner], tuple[()]]:
+        return Planner, ()
+
+    def plan_for(self, model: nn.Module, loss: Loss, asked: Asked, batch: TaskBatch) -> Planned:
+        """The plan for data of these shapes, made or kept from an earlier call.
+
+        Raises as `probe` and `make_plan` do.
+        """
+        x, q = batch.support_x, batch.query_x
+        shapes = Shapes(len(x), tuple(x.shape[1:]), tuple(q.shape[1:]), x.dtype, x.device)
+        key = (shapes, asked, signature(model))
+        if key not in self._plans:
+            outputs = probe(model, "support_x", x[0]), probe(model, "query_x", q[0])
+            adapting = [name for name, p in model.named_parameters() if p.requires_grad]
+            make = functools.partial(
+                make_plan, model, asked, shapes, tuple(outputs[1].shape), adapting
+            )
+            alive = [loss, *model.modules(), *model.parameters()]
+            self._plans[key] = Planned(make(), outputs, make, alive)
+            if len(self._plans) > PLANS_KEPT:
+                self._plans.popitem(last=False)
+        return self._plans[key]
