@@ -279,7 +279,7 @@ def signature(model: nn.Module) -> tuple[Any, ...]:
             name,
             id(module),
             type(module),
-            id(type(module).forward),
+            type(module).forward,
             module.training,
             _hooks(module),
             *(_plain(v) for key, v in vars(module).items() if key not in INTERNAL),
@@ -293,6 +293,19 @@ def signature(model: nn.Module) -> tuple[Any, ...]:
     )
 
 
+class _Same:
+    """Equal to itself alone; holds its object, so that no other takes over the id."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
 def _plain(value: Any) -> Any:
     """A hashable stand-in for an attribute's value."""
     if value is None or isinstance(value, (bool, int, float, complex, str)):
@@ -301,4 +314,4 @@ def _plain(value: Any) -> Any:
         return tuple(_plain(v) for v in value)
     if isinstance(value, dict):
         return tuple((key, _plain(v)) for key, v in value.items())
-    return id(value)
+    return _Same(value)

@@ -187,6 +187,16 @@ def test_modules_that_take_the_place_of_freed_ones(draw):
         assert found == pytest.approx(wanted, rel=1e-12)
 
 
+def test_functions_that_take_the_place_of_freed_ones(draw):
+    model, batch = ready(Configured()), batch_of(draw)
+    maml = MAML(model, backend="torch")
+    reference = MAML(model, backend="reference")
+    for i in range(60):
+        model.fn = (lambda h: torch.tanh(h)) if i * i % 3 else (lambda h: torch.sigmoid(h))
+        found, wanted = maml(*batch).loss.item(), reference(*batch).loss.item()
+        assert found == pytest.approx(wanted, rel=1e-12)
+
+
 @pytest.mark.parametrize("layer", [nn.LeakyReLU(0.1, inplace=True), nn.ReLU(inplace=True)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_in_place_layers_leave_the_data_alone(layer, backend, draw):

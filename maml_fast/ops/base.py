@@ -51,10 +51,6 @@ class Operation(Stage):
         """The shape of a row after the operation; ValueError if it cannot take this one."""
         return features
 
-    def flops(self, features: Features) -> int:
-        """Multiplications and additions of a forward pass, a row; 0 where memory is the cost."""
-        return 0
-
     def __str__(self) -> str:
         return type(self).__name__.lower()
 

@@ -29,13 +29,6 @@ class Linear:
             )
         return (*features[:-1], self.out_features_)
 
-    def flops(self, features: Features) -> int:
-        """Multiplications and additions of a forward pass, a row."""
-        positions = 1
-        for n in features[:-1]:
-            positions *= n
-        return 2 * positions * self.in_features * self.out_features_
-
     @staticmethod
     def oracle(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
