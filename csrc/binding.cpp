@@ -1,15 +1,202 @@
 // maml_fast._cpu: the only file that sees Python. It converts and calls; the work is elsewhere.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <stdexcept>
+
 #include "cpu_features.h"
+#include "prepared.h"
 
 namespace nb = nanobind;
+using namespace maml_fast;
+
+namespace {
+
+using Address = std::uintptr_t;  // of a tensor's first number; 0: none
+using Rates = std::vector<double>;
+
+template <class E>
+struct Named {
+    const char* name;
+    E value;
+};
+
+constexpr Named<Activation> ACTIVATIONS[] = {
+    {"relu", Activation::relu},         {"leaky_relu", Activation::leaky_relu}, {"tanh", Activation::tanh},
+    {"sigmoid", Activation::sigmoid},   {"silu", Activation::silu},             {"gelu", Activation::gelu},
+    {"gelu_tanh", Activation::gelu_tanh}, {"softplus", Activation::softplus},   {"sine", Activation::sine},
+    {"scale", Activation::scale},
+};
+constexpr Named<LossKind> LOSSES[] = {
+    {"mse", LossKind::mse},
+    {"cross_entropy", LossKind::cross_entropy},
+    {"bce_with_logits", LossKind::bce_with_logits},
+    {"huber", LossKind::huber},
+};
+constexpr Named<Form> FORMS[] = {{"shared", Form::shared}, {"factored", Form::factored}, {"dense", Form::dense}};
+constexpr Named<Layout> LAYOUTS[] = {
+    {"tasks_in_lanes", Layout::tasks_in_lanes},
+    {"rows_in_lanes", Layout::rows_in_lanes},
+};
+
+template <class E, std::size_t N>
+E named(const Named<E> (&list)[N], const std::string& name, const char* what) {
+    for (const Named<E>& entry : list)
+        if (name == entry.name) return entry.value;
+    throw std::invalid_argument(std::string(what) + " \"" + name + "\" is not known to this build");
+}
+
+template <class T = const void>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Layer activation_layer(const std::string& name, const std::vector<double>& constants, bool prelude) {
+    Layer layer;
+    layer.kind = Kind::pointwise;
+    layer.activation = named(ACTIVATIONS, name, "activation");
+    layer.prelude = prelude;
+    for (std::size_t i = 0; i < constants.size() && i < 2; ++i) layer.constants[i] = constants[i];
+    return layer;
+}
+
+// Builds a program layer by layer; `prepare` makes it ready to run.
+struct Builder {
+    Program program;
+
+    Builder(const std::string& loss, const std::string& layout, std::int64_t steps, std::int64_t rows, std::int64_t query_rows,
+            std::int64_t in_features, std::int64_t out_features, bool first_order, bool gradient, bool exports) {
+        program.loss = named(LOSSES, loss, "loss");
+        program.layout = named(LAYOUTS, layout, "layout");
+        program.steps = steps;
+        program.rows = rows;
+        program.query_rows = query_rows;
+        program.in_features = in_features;
+        program.out_features = out_features;
+        program.first_order = first_order;
+        program.gradient = gradient;
+        program.exports = exports;
+    }
+    void linear(std::int64_t in_features, std::int64_t out_features, bool has_bias, const std::string& form, bool prelude,
+                bool learns_rates) {
+        Layer layer;
+        layer.kind = Kind::linear;
+        layer.in_features = in_features;
+        layer.out_features = out_features;
+        layer.has_bias = has_bias;
+        layer.form = named(FORMS, form, "form");
+        layer.prelude = prelude;
+        layer.learns_rates = learns_rates;
+        program.layers.push_back(layer);
+    }
+    void pointwise(const std::string& name, const std::vector<double>& constants, bool prelude) {
+        program.layers.push_back(activation_layer(name, constants, prelude));
+    }
+    void reshape(bool merge, std::int64_t positions, bool prelude) {
+        Layer layer;
+        layer.kind = merge ? Kind::merge_rows : Kind::split_rows;
+        layer.positions = positions;
+        layer.prelude = prelude;
+        program.layers.push_back(layer);
+    }
+    Prepared* prepare(const std::string& instruction_set, bool doubles) const {
+        return new Prepared(program, instruction_set, doubles);
+    }
+};
+
+// Addresses: support_x, support_y, query_x, query_y, task_losses, support_losses, query_outputs; then of each linear layer
+// weight, bias, weight_gradient, bias_gradient, rate_gradients, adapted_weight, adapted_bias. Rates: of each linear layer its
+// weight's and its bias's, empty for what does not adapt.
+constexpr std::size_t OF_DATA = 7, OF_LAYER = 7;
+
+void run(Prepared& prepared, std::int64_t tasks, const std::vector<Address>& addresses,
+         const std::vector<std::pair<Rates, Rates>>& rates, int threads) {
+    std::vector<Layer> layers = prepared.layers();
+    std::size_t linear = 0;
+    for (Layer& layer : layers) {
+        if (layer.kind != Kind::linear) continue;
+        const std::size_t first = OF_DATA + OF_LAYER * linear;
+        if (first + OF_LAYER > addresses.size() || linear >= rates.size())
+            throw std::invalid_argument("fewer addresses or rates than linear layers");
+        const Address* a = addresses.data() + first;
+        layer.weight = at(a[0]);
+        layer.bias = at(a[1]);
+        layer.weight_gradient = at<void>(a[2]);
+        layer.bias_gradient = at<void>(a[3]);
+        layer.rate_gradients = at<double>(a[4]);
+        layer.adapted_weight = at<void>(a[5]);
+        layer.adapted_bias = at<void>(a[6]);
+        std::tie(layer.weight_rates, layer.bias_rates) = rates[linear++];
+    }
+    if (addresses.size() != OF_DATA + OF_LAYER * linear || rates.size() != linear)
+        throw std::invalid_argument("more addresses or rates than linear layers");
+    TaskData data;
+    data.tasks = tasks;
+    data.support_x = at(addresses[0]);
+    data.support_y = at(addresses[1]);
+    data.query_x = at(addresses[2]);
+    data.query_y = at(addresses[3]);
+    data.task_losses = at<void>(addresses[4]);
+    data.support_losses = at<void>(addresses[5]);
+    data.query_outputs = at<void>(addresses[6]);
+    const nb::gil_scoped_release released;
+    prepared.run(layers, data, threads);
+}
+
+nb::dict sizes(const Prepared& prepared, std::int64_t tasks) {
+    const Sizes found = prepared.sizes(tasks);
+    nb::dict named;
+    named["instruction_set"] = prepared.engine().name;
+    named["tile_tasks"] = found.tile_tasks;
+    named["arena_bytes"] = found.arena_bytes;
+    named["chunks"] = found.chunks;
+    named["partial_bytes"] = found.partial_bytes;
+    return named;
+}
+
+void activation(const std::string& name, const std::vector<double>& constants, const std::string& instruction_set, bool doubles,
+                std::int64_t count, const std::vector<Address>& in, const std::vector<Address>& out) {
+    if (in.size() != 4 || out.size() != 4) throw std::invalid_argument("wanted are four addresses in and four out");
+    const void* const given[] = {at(in[0]), at(in[1]), at(in[2]), at(in[3])};
+    void* const found[] = {at<void>(out[0]), at<void>(out[1]), at<void>(out[2]), at<void>(out[3])};
+    engine_named(instruction_set).activation(activation_layer(name, constants, false), doubles, count, given, found);
+}
+
+}  // namespace
 
 NB_MODULE(_cpu, m) {
     m.doc() = "The C++ part of maml_fast. Use maml_fast.cpu_features to ask whether it is there.";
     m.def("version", [] { return MAML_FAST_VERSION; }, "The version of maml_fast this was built with.");
-    m.def("instruction_sets", &maml_fast::instruction_sets,
+    m.def("instruction_sets", &instruction_sets,
           "The instruction sets this processor has, from lowest to highest, beginning with \"baseline\".");
+    m.def(
+        "engines",
+        [] {
+            std::vector<std::pair<std::string, int>> found;
+            for (const Engine* engine : engines()) found.emplace_back(engine->name, engine->vector_bytes);
+            return found;
+        },
+        "The instruction sets that there is code for and this processor has, with the bytes of a vector.");
+    m.def(
+        "peak", [](const std::string& name, bool doubles) { return engine_named(name).peak(doubles); },
+        nb::arg("instruction_set"), nb::arg("doubles"), "FLOP a second of multiply-adds that stay in registers, one thread.");
+    m.def("activation", &activation, nb::arg("name"), nb::arg("constants"), nb::arg("instruction_set"), nb::arg("doubles"),
+          nb::arg("count"), nb::arg("given"), nb::arg("found"),
+          "The four rules of an activation on flat arrays: x, dy, t_x, t_dy -> y, dx, t_y, t_dx.");
+
+    nb::class_<Builder>(m, "Builder")
+        .def(nb::init<const std::string&, const std::string&, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+                      std::int64_t, bool, bool, bool>(),
+             nb::arg("loss"), nb::arg("layout"), nb::arg("steps"), nb::arg("rows"), nb::arg("query_rows"),
+             nb::arg("in_features"), nb::arg("out_features"), nb::arg("first_order"), nb::arg("gradient"), nb::arg("exports"))
+        .def("linear", &Builder::linear, nb::arg("in_features"), nb::arg("out_features"), nb::arg("has_bias"), nb::arg("form"),
+             nb::arg("prelude"), nb::arg("learns_rates"))
+        .def("pointwise", &Builder::pointwise, nb::arg("name"), nb::arg("constants"), nb::arg("prelude"))
+        .def("reshape", &Builder::reshape, nb::arg("merge"), nb::arg("positions"), nb::arg("prelude"))
+        .def("prepare", &Builder::prepare, nb::arg("instruction_set"), nb::arg("doubles"));
+    nb::class_<Prepared>(m, "Prepared")
+        .def("sizes", &sizes, nb::arg("tasks"))
+        .def("run", &run, nb::arg("tasks"), nb::arg("addresses"), nb::arg("rates"), nb::arg("threads"));
 }

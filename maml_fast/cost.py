@@ -62,6 +62,11 @@ def choose_form(use: LayerUse, fast_weights: str, itemsize: int) -> tuple[str, C
     return form, costs[form]
 
 
+def cost_of(use: LayerUse, form: str, itemsize: int) -> Cost:
+    """The cost of a layer in the form given."""
+    return factored_cost(use) if form == "factored" else dense_cost(use, itemsize)
+
+
 def dense_cost(use: LayerUse, itemsize: int) -> Cost:
     """Passes over rows with shared weights at step 0 and with a task's own from then on."""
     area, inner_steps = use.area, use.inner_steps

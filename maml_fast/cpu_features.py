@@ -1,8 +1,16 @@
 """Whether the C++ extension ``maml_fast._cpu`` is there or why not, and what this CPU can run."""
 
+import functools
 import importlib
+import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from maml_fast.errors import UnavailableBackendError
+
+
+FORCED = "MAML_FAST_INSTRUCTION_SET"
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -50,3 +58,33 @@ def why_missing() -> str:
         "Clang or MSVC) and Python's headers, then install maml_fast again with pip's options "
         "--no-cache-dir --force-reinstall --no-deps."
     )
+
+
+def extension() -> Any:
+    """``maml_fast._cpu``; UnavailableBackendError where it is missing, with what to do."""
+    found, _ = _load()
+    if found is None:
+        raise UnavailableBackendError(why_missing())
+    return found
+
+
+@functools.cache
+def engines() -> dict[str, int]:
+    """The instruction sets that backend "cpu" can use here, from lowest to highest, each with the
+    bytes of its vectors; empty without the extension."""
+    found, _ = _load()
+    return {} if found is None else dict(found.engines())
+
+
+def instruction_set() -> str:
+    """The one that backend "cpu" uses: the highest, or what MAML_FAST_INSTRUCTION_SET names.
+
+    Raises ValueError where that is none of `engines`.
+    """
+    known = list(engines())
+    forced = os.environ.get(FORCED)
+    if not forced:
+        return known[-1]
+    if forced not in known:
+        raise ValueError(f"{FORCED} is {forced!r}; wanted is one of {known}")
+    return forced

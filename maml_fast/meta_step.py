@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maml_fast.backends import reference
+from maml_fast.backends import cpu, reference
 from maml_fast.backends.functional import FunctionalStepper
 from maml_fast.backends.planned import PlannedStepper
 from maml_fast.plan import Plan
@@ -57,6 +57,8 @@ def adapt(plan: Plan, problem: Problem, support_x: Tensor, support_y: Tensor) ->
     """The inner loop alone: the adapted models of all tasks."""
     if plan.backend == "reference":
         return reference.AdaptedByReference(problem, support_x, support_y)
+    if plan.backend == "cpu":
+        return cpu.AdaptedByCpu(plan, problem, support_x, support_y)
     batch = TaskBatch(support_x, support_y, support_x, support_y)
     stepper = _stepper(plan, problem, batch, gradient=False)
     fast = stepper.start()
@@ -70,6 +72,8 @@ def adapt(plan: Plan, problem: Problem, support_x: Tensor, support_y: Tensor) ->
 def _run_pass(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:
     if plan.backend == "reference":
         return reference.meta_step(problem, batch, gradient)
+    if plan.backend == "cpu":
+        return cpu.meta_step(problem, batch, plan, gradient)
     return drive(_stepper(plan, problem, batch, gradient), problem.inner_steps, gradient)
 
 

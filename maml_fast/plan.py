@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from maml_fast import cpu_features
-from maml_fast.cost import Cost, LayerUse, choose_form
+from maml_fast import cpu_cost, cpu_features
+from maml_fast.cost import Cost, LayerUse, choose_form, cost_of
 from maml_fast.errors import UnavailableBackendError, UnsupportedModelError
 from maml_fast.losses import LOSSES
-from maml_fast.ops import Features, Linear, MergeRows, SplitRows
+from maml_fast.ops import Features, Linear, MergeRows, Operation, SplitRows
 from maml_fast.trace import Link, batching_refusals, trace
 
 BACKENDS = ("auto", "triton", "cpu", "torch", "functional", "reference")
+PLANNED = ("cpu", "torch")  # that run a chain of operations with fast weights in forms
+CHOSEN_CPU = ("cpu", "the fastest that plans every layer")
 FAST_WEIGHTS = ("auto", "factored", "dense")
 
 # What a pass may keep at once; more tasks than fit are taken in several passes. On a CPU small
@@ -38,6 +41,8 @@ class Asked:
     backend: str
     fast_weights: str
     chunk_size: int | None
+    instruction_set: str = ""  # of backend "cpu"; "": the highest there is
+    layout: str | None = None  # of backend "cpu"; None: chosen by cost
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,17 @@ class LayerPlan:
     prelude: bool  # runs once, before anything that adapts
     form: str  # "factored", "dense", "shared", or "" for operations without weights
     cost: Cost | None = None
+    use: LayerUse | None = None  # of a layer that adapts
+
+
+@dataclass(frozen=True)
+class CpuPlan:
+    """How backend "cpu" goes about it (csrc/lanes.h and meta_step.cpp)."""
+
+    instruction_set: str
+    layout: str
+    tile_tasks: int  # that a thread takes through the meta-step at once
+    cycles: float  # predicted, of one core, for all tasks
 
 
 @dataclass
@@ -76,6 +92,8 @@ class Plan:
     layers: list[LayerPlan] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     forward_mode: bool = True  # how functional takes Hessian-vector products
+    cpu: CpuPlan | None = None
+    programs: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # of "cpu"
 
     @property
     def flops(self) -> int:
@@ -130,15 +148,25 @@ def make_plan(
     backend, reason = asked.backend, "as asked"
     layers: list[LayerPlan] = []
     refusals = list(refusals)
-    if backend in ("auto", "torch") and not refusals:
+    if backend in ("auto", *PLANNED) and not refusals:
         layers, refusals = _plan_layers(model, asked, shapes, adapting)
-    if backend == "torch" and refusals:
-        raise UnsupportedModelError("backend 'torch' cannot run this model: " + "; ".join(refusals))
+    not_by_cpu = _cpu_refusals(layers, shapes) if backend in ("auto", "cpu") else []
+    if backend == "cpu":
+        refusals += not_by_cpu
+    if backend in PLANNED and refusals:
+        raise UnsupportedModelError(
+            f"backend {backend!r} cannot run this model: " + "; ".join(refusals)
+        )
     if backend == "auto":
-        backend, reason = "torch", "plans every layer"
+        backend, reason = ("torch", f"cpu cannot: {not_by_cpu[0]}") if not_by_cpu else CHOSEN_CPU
         if refusals:
-            backend, reason = "functional", "torch cannot run this model (below)"
-    if backend != "torch" and asked.fast_weights != "auto":
+            backend, reason = "functional", "the planned backends cannot run this model (below)"
+    cpu = None
+    if backend == "cpu":
+        layers, cpu = _plan_for_cpu(layers, asked, shapes)
+    elif backend == "torch":
+        layers = [_with_form(layer, asked, shapes) for layer in layers]
+    if backend not in PLANNED and asked.fast_weights != "auto":
         raise UnsupportedModelError(
             f"fast_weights={asked.fast_weights!r} is a choice of the planned backends; backend "
             f"{backend!r} has none to make" + (": " + "; ".join(refusals) if refusals else "")
@@ -154,16 +182,58 @@ def make_plan(
         passes = math.ceil(shapes.tasks / chunk_size)
         chunk_size = math.ceil(shapes.tasks / passes)  # of about one size
     chunk_size = min(chunk_size, shapes.tasks)
-    return Plan(backend, reason, asked, shapes, output, chunk_size, layers, refusals)
+    return Plan(
+        backend, reason, asked, shapes, output, chunk_size, layers, refusals, cpu=cpu
+    )
 
 
 def _check_available(backend: str) -> None:
-    if backend == "cpu" and not cpu_features.available():
-        raise UnavailableBackendError(cpu_features.why_missing())
-    if backend in ("cpu", "triton"):
+    if backend == "cpu":
+        cpu_features.extension()
+    if backend == "triton":
         raise UnavailableBackendError(
-            f"backend {backend!r} has no meta-step in this version; take 'torch'"
+            "backend 'triton' has no meta-step in this version; take 'torch'"
         )
+
+
+def _cpu_refusals(layers: Sequence[LayerPlan], shapes: Shapes) -> list[str]:
+    """Why backend "cpu" cannot run layers that the torch backend can."""
+    if shapes.device.type != "cpu":
+        return [f"the data are on {shapes.device}; backend 'cpu' wants them on the CPU"]
+    if missing := cpu_features.why_missing():
+        return [missing]
+    return [
+        f"layer '{layer.link.name}' ({layer.link.op}): has no C++ operation"
+        for layer in layers
+        if isinstance(layer.link.op, Operation) and layer.link.op.native is None
+    ]
+
+
+def _with_form(layer: LayerPlan, asked: Asked, shapes: Shapes) -> LayerPlan:
+    """The form that suits backend "torch"."""
+    if layer.use is None:
+        return layer
+    form, cost = choose_form(layer.use, asked.fast_weights, shapes.dtype.itemsize)
+    return replace(layer, form=form, cost=cost)
+
+
+def _plan_for_cpu(
+    layers: list[LayerPlan], asked: Asked, shapes: Shapes
+) -> tuple[list[LayerPlan], CpuPlan]:
+    name = asked.instruction_set or cpu_features.instruction_set()
+    vector_bytes = cpu_features.engines()[name]
+    machine = cpu_cost.Machine(vector_bytes // shapes.dtype.itemsize, vector_bytes)
+    uses = [layer.use for layer in layers if layer.use is not None]
+    choice = cpu_cost.choose(uses, shapes.tasks, asked.fast_weights, machine, asked.layout)
+    forms = iter(choice.forms)
+    planned = [
+        layer
+        if layer.use is None
+        else replace(layer, form=(form := next(forms)), cost=cost_of(layer.use, form, shapes.dtype.itemsize))
+        for layer in layers
+    ]
+    cycles = cpu_cost.total_cycles(choice, shapes.tasks, threads=1)
+    return planned, CpuPlan(name, choice.layout, choice.tile_tasks, cycles)
 
 
 def _plan_layers(
@@ -191,9 +261,10 @@ def _plan_layers(
             continue
         adapts = link.op.weight in adapting or link.op.bias in adapting
         positions = math.prod(features[:-1])
-        form, cost = "shared", None
+        form, use = "shared", None
         before = prelude
         if adapts:
+            form = ""  # chosen later, by backend
             use = LayerUse(
                 link.op.in_features,
                 link.op.out_features_,
@@ -203,9 +274,8 @@ def _plan_layers(
                 asked.first_order,
                 first=prelude,
             )
-            form, cost = choose_form(use, asked.fast_weights, shapes.dtype.itemsize)
             prelude = False
-        plan = LayerPlan(link, features, positions, prelude, form, cost)
+        plan = LayerPlan(link, features, positions, prelude, form, use=use)
         if len(features) > 1:
             merge, split = Link(link.name, MergeRows()), Link(link.name, SplitRows(features[:-1]))
             layers.append(LayerPlan(merge, features, 1, before, ""))
@@ -221,7 +291,7 @@ def _chunk_size(
     model: nn.Module, backend: str, layers: list[LayerPlan], shapes: Shapes, inner_steps: int
 ) -> int:
     """Tasks a pass. A function of sizes alone, so that the same call gives the same bits."""
-    if backend == "reference":
+    if backend in ("reference", "cpu"):
         return shapes.tasks
     if backend == "functional":
         copies = inner_steps + 4  # of the parameters: each step's, a gradient, the adjoint's

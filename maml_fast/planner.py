@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from maml_fast.errors import UnsupportedModelError
 from maml_fast.inputs import probe
-from maml_fast.plan import Asked, Plan, Shapes, make_plan
+from maml_fast.plan import PLANNED, Asked, Plan, Shapes, make_plan
 from maml_fast.problem import Loss, Problem, TaskBatch
 from maml_fast.trace import signature
 from maml_fast.verify import verified
@@ -31,7 +31,7 @@ class Planned:
     sure: bool = False  # whether it was tried against autograd
 
     def try_out(self, problem: Problem, batch: TaskBatch) -> bool:
-        """Try the plan on the first task; "auto" leaves torch for functional if it must.
+        """Try the plan on the first task; "auto" leaves the planned backends for functional if it must.
 
         Returns whether there was something to compare with. Raises UnsupportedModelError if the
         plan disagrees with autograd, and no other may take its place.
@@ -39,7 +39,7 @@ class Planned:
         try:
             self.plan, sure = verified(self.plan, problem, batch)
         except UnsupportedModelError as error:
-            if self.plan.asked.backend != "auto" or self.plan.backend != "torch":
+            if self.plan.asked.backend != "auto" or self.plan.backend not in PLANNED:
                 raise
             self.plan, sure = verified(self.make(refusals=[str(error)]), problem, batch)
         return sure

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maml_fast.plan import Plan
+from maml_fast.plan import PLANNED, Plan
 
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
@@ -20,7 +20,7 @@ _LOCKS_LOCK = threading.Lock()
 @contextmanager
 def using(model: nn.Module, plan: Plan | None = None) -> Iterator[None]:
     """One thread at a time where a backend puts other parameters into the model for a while."""
-    if plan is not None and plan.backend == "torch":
+    if plan is not None and plan.backend in PLANNED:
         yield
         return
     with _LOCKS_LOCK:

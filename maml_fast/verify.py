@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from maml_fast import meta_step
 from maml_fast.backends import reference
 from maml_fast.errors import UnsupportedModelError
-from maml_fast.plan import Plan
+from maml_fast.plan import PLANNED, Plan
 from maml_fast.problem import Outcome, Problem, RateTable, TaskBatch
 
 SINGLE_BOUND, DOUBLE_BOUND = 1e-3, 1e-6
@@ -43,7 +43,7 @@ def verified(plan: Plan, problem: Problem, batch: TaskBatch) -> tuple[Plan, bool
         verdict = agrees(plan, problem, batch)
     if verdict is not False:
         return plan, bool(verdict)
-    eyes = "torch.fx" if plan.backend == "torch" else "torch.func"
+    eyes = "torch.fx" if plan.backend in PLANNED else "torch.func"
     raise UnsupportedModelError(f"backend {plan.backend!r} {REASON.format(eyes=eyes)}")
 
 

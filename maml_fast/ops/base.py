@@ -47,6 +47,9 @@ class Operation(Stage):
     modules: ClassVar[dict[type[nn.Module], Callable[[Any], Operation]]] = {}
     calls: ClassVar[dict[Callable[..., Any] | str, Callable[..., Operation]]] = {}
 
+    # What the compiled backends call the operation, and its constants; None: they do not have it.
+    native: tuple[str, tuple[float, ...]] | None = None
+
     def out_features(self, features: Features) -> Features:
         """The shape of a row after the operation; ValueError if it cannot take this one."""
         return features

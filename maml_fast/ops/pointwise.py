@@ -57,6 +57,7 @@ class Pointwise(Operation):
 class ReLU(Pointwise):
     """saved: y"""
 
+    native = ("relu", ())
     modules = {nn.ReLU: lambda module: ReLU()}
     calls = dict.fromkeys(
         (F.relu, torch.relu, F.relu_, torch.relu_, "relu", "relu_"),
@@ -85,6 +86,7 @@ class LeakyReLU(Pointwise):
 
     def __init__(self, negative_slope: float = 0.01) -> None:
         self.negative_slope = negative_slope
+        self.native = ("leaky_relu", (negative_slope,))
 
     def value(self, x: Tensor) -> tuple[Tensor, Any]:
         return F.leaky_relu(x, self.negative_slope), x
@@ -104,6 +106,7 @@ class LeakyReLU(Pointwise):
 class Tanh(Pointwise):
     """saved: y; f' = 1 - y^2, f'' = -2 y f'"""
 
+    native = ("tanh", ())
     modules = {nn.Tanh: lambda module: Tanh()}
     calls = dict.fromkeys((torch.tanh, F.tanh, "tanh"), lambda input: Tanh())
 
@@ -124,6 +127,7 @@ class Tanh(Pointwise):
 class Sigmoid(Pointwise):
     """saved: y; f' = y (1 - y), f'' = (1 - 2 y) f'"""
 
+    native = ("sigmoid", ())
     modules = {nn.Sigmoid: lambda module: Sigmoid()}
     calls = dict.fromkeys((torch.sigmoid, F.sigmoid, "sigmoid"), lambda input: Sigmoid())
 
@@ -144,6 +148,7 @@ class Sigmoid(Pointwise):
 class SiLU(Pointwise):
     """f = x s with s = sigmoid(x); f' = s (1 + x (1 - s)), f'' = s (1 - s) (2 + x (1 - 2 s))"""
 
+    native = ("silu", ())
     modules = {nn.SiLU: lambda module: SiLU()}
     calls = {F.silu: lambda input, inplace=False: SiLU()}
 
@@ -172,6 +177,7 @@ class GELU(Pointwise):
 
     def __init__(self, approximate: str = "none") -> None:
         self.approximate = approximate
+        self.native = ("gelu" if approximate == "none" else "gelu_tanh", ())
 
     def value(self, x: Tensor) -> tuple[Tensor, Any]:
         return F.gelu(x, approximate=self.approximate), x
@@ -206,6 +212,7 @@ class Softplus(Pointwise):
 
     def __init__(self, beta: float = 1, threshold: float = 20) -> None:
         self.beta, self.threshold = beta, threshold
+        self.native = ("softplus", (beta, threshold))
 
     def value(self, x: Tensor) -> tuple[Tensor, Any]:
         return F.softplus(x, self.beta, self.threshold), x
@@ -232,6 +239,7 @@ class Softplus(Pointwise):
 class Sine(Pointwise):
     """saved: x and y; f' = cos x, f'' = -y"""
 
+    native = ("sine", ())
     calls = dict.fromkeys((torch.sin, "sin"), lambda input: Sine())
 
     def value(self, x: Tensor) -> tuple[Tensor, Any]:
@@ -253,6 +261,7 @@ class Scale(Pointwise):
 
     def __init__(self, factor: float = 1.0) -> None:
         self.factor = factor
+        self.native = ("scale", (factor,))
 
     calls = dict.fromkeys(
         (operator.mul, torch.mul, "mul"),

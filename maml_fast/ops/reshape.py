@@ -15,6 +15,8 @@ from maml_fast.ops.base import Features, Operation
 class Rearrange(Operation):
     """Rows rearranged as `out_features` says; `saved` is the shape before."""
 
+    native = ("reshape", ())
+
     def forward(self, step: int, x: Tensor) -> tuple[Tensor, Any]:
         return x.reshape(*x.shape[:2], *self.out_features(tuple(x.shape[2:]))), x.shape
 

@@ -1,0 +1,114 @@
+// The two layouts of activations, and the way of data into them and out.
+//
+// An activation is [features][columns] of vectors. TasksInLanes: a vector holds one row each of L tasks, a column is a row.
+// RowsInLanes: all of one task; a vector holds L of its rows. Products with weights that all lanes share are the same in
+// both. What differs is what belongs to a single task: its weights, and the rows of earlier steps in factored form. They
+// are vectors in the first layout and plain numbers in the second, and `unit` is their size.
+#pragma once
+
+#include "simd.h"
+
+namespace maml_fast::MAML_FAST_ISA {
+
+template <class T>
+struct TasksInLanes {
+    static constexpr bool tasks = true;
+    static constexpr Index unit = LANES<T>;
+    static constexpr Index columns(Index rows) { return rows; }
+    // Rows of a history of so many columns, each a unit.
+    static constexpr Index units(Index columns) { return columns; }
+};
+
+template <class T>
+struct RowsInLanes {
+    static constexpr bool tasks = false;
+    static constexpr Index unit = 1;
+    static constexpr Index columns(Index rows) { return ceil_div(rows, LANES<T>); }
+    static constexpr Index units(Index columns) { return columns * LANES<T>; }
+};
+
+// [features][columns] of vectors; `by_feature` counts elements.
+template <class T>
+struct View {
+    T* p = nullptr;
+    Index by_feature = 0;
+    Index features = 0;
+    Index columns = 0;
+
+    View columns_from(Index start, Index count) const { return {p + start * LANES<T>, by_feature, features, count}; }
+    Index numbers() const { return columns * LANES<T>; }
+};
+
+// Numbers without a shape. (A plain pointer as element of a std::vector would be a type that all instruction sets share.)
+template <class T>
+struct Numbers {
+    T* p = nullptr;
+};
+
+// A stride of at least `vectors` vectors that does not bring the same few cache sets round again.
+template <class T>
+constexpr Index spread(Index vectors) {
+    constexpr Index a_line = larger(64 / VECTOR_BYTES, 1);
+    if (vectors < 4 * a_line) return vectors * LANES<T>;
+    const Index lines = ceil_div(vectors, a_line);
+    return (lines | 1) * a_line * LANES<T>;
+}
+
+// Memory that is handed out in order, in whole vectors. Without a base it only counts, and the pointers are not to be used.
+class Arena {
+   public:
+    explicit Arena(char* base = nullptr) : base_(base) {}
+
+    template <class T>
+    T* take(Index count) {
+        const Index at = used_;
+        used_ += ceil_div(count * static_cast<Index>(sizeof(T)), 64) * 64;
+        return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+    }
+    template <class T>
+    View<T> view(Index features, Index columns) {
+        const Index by_feature = spread<T>(columns);
+        return {take<T>(features * by_feature), by_feature, features, columns};
+    }
+    Index used() const { return used_; }
+
+   private:
+    char* base_;
+    Index used_ = 0;
+};
+
+// One column: lane j gets the row at rows[j], [features], or zeros where that is null.
+template <class T>
+void load_column(const T* const* rows, const View<T>& to, Index column) {
+    constexpr Index L = LANES<T>;
+    T* out = to.p + column * L;
+    Index f = 0;
+    for (; f + L <= to.features; f += L) {
+        Vec<T> v[L];
+        for (Index j = 0; j < L; ++j) v[j] = rows[j] ? load(rows[j] + f) : Vec<T>{};
+        transpose<T>(v);
+        for (Index j = 0; j < L; ++j) store(out + (f + j) * to.by_feature, v[j]);
+    }
+    for (; f < to.features; ++f)
+        for (Index j = 0; j < L; ++j) out[f * to.by_feature + j] = rows[j] ? rows[j][f] : T(0);
+}
+
+// The way back; rows that are null are left out.
+template <class T>
+void store_column(const View<T>& from, Index column, T* const* rows) {
+    constexpr Index L = LANES<T>;
+    const T* in = from.p + column * L;
+    Index f = 0;
+    for (; f + L <= from.features; f += L) {
+        Vec<T> v[L];
+        for (Index j = 0; j < L; ++j) v[j] = load(in + (f + j) * from.by_feature);
+        transpose<T>(v);
+        for (Index j = 0; j < L; ++j)
+            if (rows[j]) store(rows[j] + f, v[j]);
+    }
+    for (; f < from.features; ++f)
+        for (Index j = 0; j < L; ++j)
+            if (rows[j]) rows[j][f] = in[f * from.by_feature + j];
+}
+
+}  // namespace maml_fast::MAML_FAST_ISA

@@ -1,0 +1,299 @@
+// The driver of one instruction set: tiles of tasks over threads, and the sum over tasks in an order of its own.
+//
+// Tasks are cut into tiles, tiles into chunks. Threads take chunks as they come; each chunk has a partial sum, and these are
+// added up in order. All cuts follow from sizes alone, so the same bits come from any number of threads.
+#include "meta_step.h"
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <new>
+
+#include "pool.h"
+#include "tile.h"
+
+namespace maml_fast::MAML_FAST_ISA {
+namespace {
+
+// Partial sums should stay in cache, and chunks should be enough for many threads.
+constexpr Index PARTIALS_BYTES = Index{8} << 20, LEAST_CHUNKS = 8, MOST_CHUNKS = 64;
+// Memory that a program keeps for its next call, for each thread.
+constexpr Index KEPT_BYTES = Index{64} << 20;
+// From so many numbers on, threads share the sum over chunks.
+constexpr Index SHARED_SUM = 200000;
+
+struct Block {
+    char* p = nullptr;
+    Index bytes = 0;
+    Block() = default;
+    Block(const Block&) = delete;
+    Block& operator=(const Block&) = delete;
+    ~Block() { release(); }
+    void fit(Index wanted) {
+        if (bytes >= wanted) return;
+        release();
+        p = static_cast<char*>(::operator new(static_cast<std::size_t>(wanted), std::align_val_t(64)));
+        bytes = wanted;
+    }
+    void release() {
+        if (p) ::operator delete(p, std::align_val_t(64));
+        p = nullptr;
+        bytes = 0;
+    }
+};
+
+template <class T, class Lanes>
+class ProgramSession final : public Session {
+    using TileOf = Tile<T, Lanes>;
+
+    // A thread's tile, and the memory it works in.
+    struct Worker {
+        Block memory;
+        std::unique_ptr<TileOf> tile;
+    };
+
+    // Rows of weights among those of all layers.
+    struct Rows {
+        Index begin;
+    };
+
+    // What is shared by the threads of one call.
+    struct Job {
+        ProgramSession* self;
+        const TaskData* data;
+        Index chunks, tiles;
+        std::atomic<Index> next{0}, next_row{0};
+        std::atomic<bool> failed{false};
+        std::vector<Rows> sum_rows;  // of each layer that adapts
+    };
+
+   public:
+    explicit ProgramSession(const Program& program) : program_(program), blueprint_(new TileOf(program, counted_)) {}
+
+    Sizes sizes(Index tasks) const override {
+        Sizes found;
+        found.tile_tasks = TileOf::most_tasks;
+        found.arena_bytes = counted_.used();
+        found.partial_bytes = partial_bytes();
+        const Index tiles = ceil_div(tasks, TileOf::most_tasks);
+        const Index fitting = PARTIALS_BYTES / larger<Index>(found.partial_bytes, 1);
+        found.chunks = smaller(tiles, smaller(MOST_CHUNKS, larger(LEAST_CHUNKS, fitting)));
+        return found;
+    }
+
+    void run(const TaskData& data, Pool& pool, int threads) override {
+        Job job;
+        job.self = this;
+        job.data = &data;
+        job.tiles = ceil_div(data.tasks, TileOf::most_tasks);
+        job.chunks = sizes(data.tasks).chunks;
+        if (program_.gradient) partials_.fit(job.chunks * partial_bytes());
+        const int useful = static_cast<int>(smaller<Index>(threads, job.chunks));
+        pool.run(useful, [](void* context) { take_chunks(*static_cast<Job*>(context)); }, &job);
+        if (!job.failed && program_.gradient) add_up(job, pool, threads);
+        tidy();
+        if (job.failed) throw std::bad_alloc();
+    }
+
+   private:
+    static void take_chunks(Job& job) {
+        ProgramSession& self = *job.self;
+        Index chunk = job.next.fetch_add(1);
+        if (chunk >= job.chunks) return;
+        try {
+            std::unique_ptr<Worker> worker = self.borrow();
+            for (; chunk < job.chunks; chunk = job.next.fetch_add(1)) self.run_chunk(job, chunk, *worker->tile);
+            self.give_back(std::move(worker));
+        } catch (const std::bad_alloc&) {
+            job.failed = true;
+        }
+    }
+
+    void run_chunk(const Job& job, Index chunk, TileOf& tile) {
+        Partial<T> sums{nullptr, nullptr};
+        if (program_.gradient) {
+            std::memset(partials_.p + chunk * partial_bytes(), 0, static_cast<std::size_t>(partial_bytes()));
+            sums = partial(chunk);
+        }
+        const Index end = (chunk + 1) * job.tiles / job.chunks;
+        for (Index i = chunk * job.tiles / job.chunks; i < end; ++i) {
+            const Index first = i * TileOf::most_tasks;
+            tile.run(*job.data, first, smaller(TileOf::most_tasks, job.data->tasks - first), sums);
+        }
+    }
+
+    // ---- partial sums: doubles of the rates first, then numbers
+
+    Index rate_bytes() const { return ceil_div(blueprint_->rate_numbers() * 8, 64) * 64; }
+    Index partial_bytes() const {
+        return rate_bytes() + ceil_div(blueprint_->sum_numbers() * static_cast<Index>(sizeof(T)), 64) * 64;
+    }
+    Partial<T> partial(Index chunk) const {
+        char* p = partials_.p + chunk * partial_bytes();
+        return {reinterpret_cast<T*>(p + rate_bytes()), reinterpret_cast<double*>(p)};
+    }
+
+    void add_up(Job& job, Pool& pool, int threads) {
+        Index rows = 0;
+        for (const auto& place : blueprint_->places()) {
+            job.sum_rows.push_back({rows});
+            rows += place.layer->out_features;
+        }
+        job.sum_rows.push_back({rows});
+        const bool alone = blueprint_->sum_numbers() * job.chunks < SHARED_SUM;
+        pool.run(alone ? 1 : threads, [](void* context) { add_up_rows(*static_cast<Job*>(context)); }, &job);
+        add_up_rates(job);
+    }
+
+    // Rows of weights, as they come; each is summed by one thread, over the chunks in order.
+    static void add_up_rows(Job& job) {
+        constexpr Index AT_ONCE = 16;
+        const auto& places = job.self->blueprint_->places();
+        const Index rows = job.sum_rows.back().begin;
+        for (Index row = job.next_row.fetch_add(AT_ONCE); row < rows; row = job.next_row.fetch_add(AT_ONCE)) {
+            const Index end = smaller(row + AT_ONCE, rows);
+            std::size_t which = 0;
+            for (Index r = row; r < end; ++r) {
+                while (r >= job.sum_rows[which + 1].begin) ++which;
+                job.self->add_up_row(job, places[which], r - job.sum_rows[which].begin);
+            }
+        }
+    }
+    void add_up_row(const Job& job, const typename TileOf::Place& place, Index o) const {
+        const Layer& layer = *place.layer;
+        const Index I = layer.in_features;
+        if (T* to = static_cast<T*>(layer.weight_gradient)) sum(job, place.weight + o * place.stride, I, to + o * I);
+        if (T* to = static_cast<T*>(layer.bias_gradient)) sum(job, place.bias + o, 1, to + o);
+    }
+    void sum(const Job& job, Index at, Index count, T* to) const {
+        for (Index chunk = 0; chunk < job.chunks; ++chunk) {
+            const T* from = partial(chunk).numbers + at;
+            for (Index i = 0; i < count; ++i) to[i] = chunk ? to[i] + from[i] : from[i];
+        }
+    }
+    void add_up_rates(const Job& job) const {
+        Index at = 0;
+        for (const auto& place : blueprint_->places()) {
+            if (place.layer->rate_gradients)
+                for (Index i = 0; i < 2 * program_.steps; ++i) {
+                    double total = 0;
+                    for (Index chunk = 0; chunk < job.chunks; ++chunk) total += partial(chunk).rates[at + i];
+                    place.layer->rate_gradients[i] = total;
+                }
+            at += 2 * program_.steps;
+        }
+    }
+
+    // ---- memory of the threads
+
+    std::unique_ptr<Worker> borrow() {
+        {
+            const std::lock_guard<std::mutex> lock(keeping_);
+            if (!idle_.empty()) {
+                std::unique_ptr<Worker> worker = std::move(idle_.back());
+                idle_.pop_back();
+                return worker;
+            }
+        }
+        std::unique_ptr<Worker> worker(new Worker());
+        worker->memory.fit(counted_.used());
+        Arena arena(worker->memory.p);
+        worker->tile.reset(new TileOf(program_, arena));
+        return worker;
+    }
+    void give_back(std::unique_ptr<Worker> worker) {
+        const std::lock_guard<std::mutex> lock(keeping_);
+        idle_.push_back(std::move(worker));
+    }
+    void tidy() {
+        if (counted_.used() > KEPT_BYTES) idle_.clear();
+        if (partials_.bytes > KEPT_BYTES) partials_.release();
+    }
+
+    const Program& program_;
+    Arena counted_;
+    std::unique_ptr<TileOf> blueprint_;  // for its sizes; it has no memory
+    std::mutex keeping_;
+    std::vector<std::unique_ptr<Worker>> idle_;
+    Block partials_;
+};
+
+template <class T>
+Session* open_of(const Program& program) {
+    if (program.layout == Layout::tasks_in_lanes) return new ProgramSession<T, TasksInLanes<T>>(program);
+    return new ProgramSession<T, RowsInLanes<T>>(program);
+}
+Session* open(const Program& program, bool doubles) {
+    return doubles ? open_of<double>(program) : open_of<float>(program);
+}
+
+// ---- for tests and benchmarks
+
+template <class T>
+void activation_of(const Layer& layer, Index n, const void* const in[4], void* const out[4]) {
+    const Index columns = ceil_div(n, LANES<T>);
+    Arena counting;
+    const auto lay_out = [&](Arena& arena, PointwiseStage<T>& stage, Edge<T>& x, Edge<T>& y) {
+        for (Edge<T>* edge : {&x, &y}) {
+            *edge = {1, columns, columns, {}, {}, {}, {}};
+            for (auto* views : {&edge->value, &edge->cotangent, &edge->tangent, &edge->t_cotangent})
+                *views = {arena.view<T>(1, columns), arena.view<T>(1, columns)};
+        }
+        stage.in = &x;
+        stage.out = &y;
+        stage.allocate(arena, 1);
+    };
+    Edge<T> x, y;
+    {
+        std::unique_ptr<PointwiseStage<T>> stage(new_pointwise<T>(layer));
+        lay_out(counting, *stage, x, y);
+    }
+    Block memory;
+    memory.fit(counting.used());
+    std::memset(memory.p, 0, static_cast<std::size_t>(memory.bytes));
+    Arena arena(memory.p);
+    std::unique_ptr<PointwiseStage<T>> stage(new_pointwise<T>(layer));
+    lay_out(arena, *stage, x, y);
+    View<T>* const given[] = {&x.value[0], &y.cotangent[0], &x.tangent[0], &y.t_cotangent[0]};
+    View<T>* const found[] = {&y.value[0], &x.cotangent[0], &y.tangent[0], &x.t_cotangent[0]};
+    const std::size_t bytes = static_cast<std::size_t>(n) * sizeof(T);
+    for (int i = 0; i < 4; ++i) std::memcpy(given[i]->p, in[i], bytes);
+    stage->forward(0);
+    stage->backward(0);
+    stage->tangent(0);
+    stage->tangent_backward(0);
+    for (int i = 0; i < 4; ++i) std::memcpy(out[i], found[i]->p, bytes);
+}
+void activation(const Layer& layer, bool doubles, Index n, const void* const in[4], void* const out[4]) {
+    doubles ? activation_of<double>(layer, n, in, out) : activation_of<float>(layer, n, in, out);
+}
+
+// One block of a product whose operands stay in registers and first-level cache, the fastest of many.
+template <class T>
+double peak_of() {
+    constexpr Index TERMS = 2048;
+    constexpr int B = MOST_B, A = most_a(B);
+    Block memory;
+    memory.fit(static_cast<Index>(sizeof(T)) * (A * B * LANES<T> + 64 * A + B * LANES<T>));
+    std::memset(memory.p, 0, static_cast<std::size_t>(memory.bytes));
+    T* c = reinterpret_cast<T*>(memory.p);
+    T *p = c + A * B * LANES<T>, *q = p + 64 * A;
+    double best = 0;
+    for (int round = 0; round < 200; ++round) {
+        const double start = seconds();
+        product<T>(A, B, TERMS, {p, 1, 0, false}, {q, 0, LANES<T>}, c, B * LANES<T>);
+        const double rate = 2.0 * A * B * LANES<T> * TERMS / (seconds() - start);
+        best = larger(best, rate);
+    }
+    return best;
+}
+double peak(bool doubles) { return doubles ? peak_of<double>() : peak_of<float>(); }
+
+}  // namespace
+
+// The name as text.
+#define MAML_FAST_TEXT(x) #x
+#define MAML_FAST_NAME(x) MAML_FAST_TEXT(x)
+const Engine engine = {MAML_FAST_NAME(MAML_FAST_ISA), VECTOR_BYTES, open, activation, peak};
+
+}  // namespace maml_fast::MAML_FAST_ISA

@@ -1,0 +1,45 @@
+#include "prepared.h"
+
+#include <stdexcept>
+
+#include "pool.h"
+
+namespace maml_fast {
+
+const Engine& engine_named(const std::string& instruction_set) {
+    const auto& known = engines();
+    if (instruction_set.empty()) return *known.back();
+    std::string names;
+    for (const Engine* engine : known) {
+        if (instruction_set == engine->name) return *engine;
+        names += (names.empty() ? "" : ", ") + std::string(engine->name);
+    }
+    throw std::invalid_argument("instruction set \"" + instruction_set + "\" is not one of those built and found here: " + names);
+}
+
+Prepared::Prepared(Program program, const std::string& instruction_set, bool doubles)
+    : program_(new Program(std::move(program))),
+      engine_(engine_named(instruction_set)),
+      doubles_(doubles),
+      age_(Pool::process_age()),
+      running_(new std::mutex()),
+      session_(engine_.open(*program_, doubles)) {}
+
+void Prepared::run(const std::vector<Layer>& layers, const TaskData& data, int threads) {
+    if (age_ != Pool::process_age()) start_anew();
+    const std::lock_guard<std::mutex> lock(*running_);
+    program_->layers = layers;
+    session_->run(data, Pool::of_process(), threads);
+}
+
+// Whoever held the lock or was changing the memory may not exist in this process: both are left where they are.
+void Prepared::start_anew() {
+    (void)running_.release();
+    (void)session_.release();
+    program_.reset(new Program(*program_.release()));
+    running_.reset(new std::mutex());
+    session_.reset(engine_.open(*program_, doubles_));
+    age_ = Pool::process_age();
+}
+
+}  // namespace maml_fast

@@ -1,0 +1,103 @@
+// What a meta-step is asked to do: plain data, the same for every instruction set.
+//
+// T tasks, N support rows, M query rows, S inner steps, I/O features of a linear layer. Pointers to numbers are to float or
+// double, as the call's function says; every array is contiguous.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace maml_fast {
+
+enum class Kind { linear, pointwise, merge_rows, split_rows };
+enum class Form { shared, factored, dense };  // of a linear layer's fast weights
+enum class Activation { relu, leaky_relu, tanh, sigmoid, silu, gelu, gelu_tanh, softplus, sine, scale };
+enum class LossKind { mse, cross_entropy, bce_with_logits, huber };
+
+// One operation of the chain, in order.
+struct Layer {
+    Kind kind = Kind::linear;
+    bool prelude = false;          // below everything that adapts: runs once
+    std::int64_t in_features = 0;  // of one row that enters: I for linear, all of them otherwise
+    std::int64_t out_features = 0;
+    std::int64_t positions = 1;  // rows of the operation for a row of the data
+
+    Activation activation = Activation::relu;
+    double constants[2] = {0, 0};  // of the activation
+
+    Form form = Form::shared;
+    bool has_bias = false;
+    bool learns_rates = false;           // whether rate_gradients is wanted
+    std::vector<double> weight_rates;    // [S]; empty: the weight does not adapt
+    std::vector<double> bias_rates;      // [S]; empty: the bias does not adapt
+    const void* weight = nullptr;        // [O, I]
+    const void* bias = nullptr;          // [O]
+    void* weight_gradient = nullptr;     // [O, I], summed over tasks
+    void* bias_gradient = nullptr;       // [O]
+    double* rate_gradients = nullptr;    // [2, S], of weight and bias
+    void* adapted_weight = nullptr;      // [T, O, I] after the inner steps; null: not wanted
+    void* adapted_bias = nullptr;        // [T, O]
+};
+
+// Where tasks go: one in each lane of the vectors, or one after another with their rows in the lanes.
+enum class Layout { tasks_in_lanes, rows_in_lanes };
+
+struct Program {
+    std::vector<Layer> layers;
+    LossKind loss = LossKind::mse;
+    Layout layout = Layout::tasks_in_lanes;
+    std::int64_t steps = 1;         // S
+    std::int64_t rows = 1;          // N
+    std::int64_t query_rows = 1;    // M
+    std::int64_t in_features = 1;   // of a row of the data
+    std::int64_t out_features = 1;  // of a row of the prediction
+    bool first_order = false;
+    bool gradient = true;
+    bool exports = false;  // whether the adapted parameters are wanted
+};
+
+struct TaskData {
+    std::int64_t tasks = 0;
+    const void* support_x = nullptr;  // [T, N, in_features]
+    const void* support_y = nullptr;  // [T, N, out_features]; int64 [T, N] for cross entropy
+    const void* query_x = nullptr;    // [T, M, in_features]
+    const void* query_y = nullptr;    // [T, M, ...]; null: no query loss
+    void* task_losses = nullptr;      // [T]
+    void* support_losses = nullptr;   // [T, S]
+    void* query_outputs = nullptr;    // [T, M, out_features]
+};
+
+// What one thread keeps, and how the tasks are cut: a function of program and tasks alone, whatever the threads.
+struct Sizes {
+    std::int64_t tile_tasks = 0;
+    std::int64_t arena_bytes = 0;    // of one thread
+    std::int64_t chunks = 0;         // each with a partial sum of its own, added up in order
+    std::int64_t partial_bytes = 0;  // of one chunk
+};
+
+class Pool;
+
+// A program made ready by one instruction set's engine: the memory of its tiles is kept from call to call. One call at a
+// time. `program` must outlive it; pointers and rates of its layers may change between calls, sizes and kinds not.
+class Session {
+   public:
+    virtual ~Session() = default;
+    virtual Sizes sizes(std::int64_t tasks) const = 0;
+    virtual void run(const TaskData& data, Pool& pool, int threads) = 0;  // throws std::bad_alloc
+};
+
+// What is compiled once for each instruction set.
+struct Engine {
+    const char* name;
+    int vector_bytes;
+    Session* (*open)(const Program&, bool doubles);
+    // All four rules of an activation, for the tests: from x, dy, t_x, t_dy to y, dx, t_y, t_dx, n numbers each.
+    void (*activation)(const Layer&, bool doubles, std::int64_t n, const void* const in[4], void* const out[4]);
+    // FLOP a second that one thread reaches with multiply-adds of registers alone.
+    double (*peak)(bool doubles);
+};
+
+// Those that were built and this processor can run, from lowest to highest.
+const std::vector<const Engine*>& engines();
+
+}  // namespace maml_fast
