@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "cpu_features.h"
+#include "pool.h"
 #include "prepared.h"
 
 namespace nb = nanobind;
@@ -182,6 +183,9 @@ NB_MODULE(_cpu, m) {
     m.def(
         "peak", [](const std::string& name, bool doubles) { return engine_named(name).peak(doubles); },
         nb::arg("instruction_set"), nb::arg("doubles"), "FLOP a second of multiply-adds that stay in registers, one thread.");
+    m.def(
+        "share_openmp", [](Address entry) { Pool::share_openmp(reinterpret_cast<Pool::OpenMp>(entry)); }, nb::arg("entry"),
+        "Run on the threads of a GNU OpenMP: the address of its GOMP_parallel, or 0 for threads of maml_fast's own.");
     m.def("activation", &activation, nb::arg("name"), nb::arg("constants"), nb::arg("instruction_set"), nb::arg("doubles"),
           nb::arg("count"), nb::arg("given"), nb::arg("found"),
           "The four rules of an activation on flat arrays: x, dy, t_x, t_dy -> y, dx, t_y, t_dx.");

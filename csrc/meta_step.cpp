@@ -88,8 +88,8 @@ class ProgramSession final : public Session {
         job.tiles = ceil_div(data.tasks, TileOf::most_tasks);
         job.chunks = sizes(data.tasks).chunks;
         if (program_.gradient) partials_.fit(job.chunks * partial_bytes());
-        const int useful = static_cast<int>(smaller<Index>(threads, job.chunks));
-        pool.run(useful, [](void* context) { take_chunks(*static_cast<Job*>(context)); }, &job);
+        // All threads or one: OpenMP ends those that are left out, and torch would have to start them again.
+        pool.run(job.chunks > 1 ? threads : 1, [](void* context) { take_chunks(*static_cast<Job*>(context)); }, &job);
         if (!job.failed && program_.gradient) add_up(job, pool, threads);
         tidy();
         if (job.failed) throw std::bad_alloc();

@@ -26,11 +26,13 @@ constexpr std::uint64_t places_of(std::uint64_t gate) { return gate & 0xffffffff
 
 std::atomic<Pool*> the_pool{nullptr};
 std::atomic<std::uint64_t> age{0};
+std::atomic<Pool::OpenMp> openmp{nullptr};
 
 #if !defined(_WIN32)
 // The child of a fork has no workers, and locks may be held by threads that are gone: it starts anew.
 void in_child() {
     the_pool.store(nullptr);
+    openmp.store(nullptr);
     age.fetch_add(1);
 }
 const int registered = pthread_atfork(nullptr, nullptr, in_child);
@@ -53,9 +55,17 @@ Pool& Pool::of_process() {
 
 std::uint64_t Pool::process_age() { return age.load(std::memory_order_relaxed); }
 
+void Pool::share_openmp(OpenMp entry) { openmp.store(entry); }
+
 void Pool::run(int threads, Body body, void* context) {
+    if (threads <= 1) return body(context);
+    if (const OpenMp entry = openmp.load()) return entry(body, context, static_cast<unsigned>(threads), 0);
+    run_on_own(threads, body, context);
+}
+
+void Pool::run_on_own(int threads, Body body, void* context) {
     std::unique_lock<std::mutex> caller(caller_, std::try_to_lock);
-    if (threads <= 1 || !caller.owns_lock()) return body(context);
+    if (!caller.owns_lock()) return body(context);
     grow(threads - 1);
     body_ = body;
     context_ = context;

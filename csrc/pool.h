@@ -1,6 +1,10 @@
-// The threads that tiles run on. They are the library's own: torch's are left alone, and nothing depends on OpenMP.
+// The threads that tiles run on.
 //
-// The caller does its share, and could do all of it: a worker that wakes too late finds the job closed. A worker waits for
+// Two sets of threads would be in each other's way: those of OpenMP spin for milliseconds after each operation of torch. So
+// where torch's OpenMP is found at run time (share_openmp), tiles run on its threads. Nothing is linked to it. Elsewhere, and
+// in the child of a fork, which OpenMP does not survive, the threads are the pool's own.
+//
+// In the pool's own, the caller does its share, and could do all of it: a worker that wakes too late finds the job closed. A worker waits for
 // the next job by spinning for a moment, so that meta-steps in a loop start at once, and then sleeps.
 #pragma once
 
@@ -20,6 +24,10 @@ class Pool {
     // Rises by one in each child of a fork: what threads left half done there is not to be used.
     static std::uint64_t process_age();
 
+    // GNU OpenMP's entry point, or null for none.
+    using OpenMp = void (*)(void (*)(void*), void*, unsigned, unsigned);
+    static void share_openmp(OpenMp entry);
+
     // body(context) on the caller and on at most threads - 1 workers; returns when all have returned. If another thread's job
     // is running, the caller works alone.
     void run(int threads, Body body, void* context);
@@ -27,6 +35,7 @@ class Pool {
    private:
     Pool() = default;
 
+    void run_on_own(int threads, Body body, void* context);
     void work();
     bool enter();
     void wait_for_job(std::uint64_t seen);

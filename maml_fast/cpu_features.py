@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from maml_fast import openmp
 from maml_fast.errors import UnavailableBackendError
 
 
@@ -60,11 +61,14 @@ def why_missing() -> str:
     )
 
 
+@functools.cache
 def extension() -> Any:
-    """``maml_fast._cpu``; UnavailableBackendError where it is missing, with what to do."""
+    """``maml_fast._cpu``, on torch's threads where it can; UnavailableBackendError where it is
+    missing, with what to do."""
     found, _ = _load()
     if found is None:
         raise UnavailableBackendError(why_missing())
+    found.share_openmp(openmp.parallel_entry())
     return found
 
 

@@ -23,6 +23,7 @@ from maml_fast.problem import Outcome, Problem, TaskBatch
 class Variant:
     """What a program depends on beside the plan's layers."""
 
+    loss: str
     inner_steps: int
     rows: int
     query_rows: int
@@ -95,7 +96,9 @@ class AdaptedByCpu:
 
 
 def _variant(problem: Problem, batch: TaskBatch, gradient: bool, exports: bool) -> Variant:
+    assert isinstance(problem.loss, str)  # the plan refuses others
     return Variant(
+        problem.loss,
         problem.inner_steps,
         batch.support_x.shape[1],
         batch.query_x.shape[1],
@@ -192,10 +195,10 @@ def _names(op: Any) -> tuple[str, ...]:
 
 def prepare(plan: Plan, variant: Variant) -> Any:
     """The `_cpu.Prepared` of a plan."""
-    assert plan.cpu is not None and isinstance(plan.asked.loss, str)
+    assert plan.cpu is not None
     extension = cpu_features.extension()
     builder = extension.Builder(
-        loss=plan.asked.loss,
+        loss=variant.loss,
         layout=plan.cpu.layout,
         steps=variant.inner_steps,
         rows=variant.rows,
