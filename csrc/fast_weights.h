@@ -45,37 +45,38 @@ class FastLinear : public LinearStage<T, Lanes> {
     virtual void pull_back(Index k) {
         if (layer.has_bias) column_sums<T, Lanes>(out->t_cotangent[k], bias_adjoint, true);
     }
-    // Adds the layer's adjoint, summed over the tile's tasks, to `weight` [O][weight_stride] and `bias` [O].
+    // Adds the layer's adjoint, summed over the tile's tasks, to `weight` and `bias` [O]; weight (o, i) is at
+    // weight[sum_place(o, i)].
     virtual void add_gradient(T* weight, T* bias) = 0;
-    virtual Index weight_stride() const { return padded_features<T>(I); }
+    virtual Index sum_length() const { return MAML_FAST_ISA::sum_length<T>(O, I); }
+    virtual Index sum_place(Index o, Index i) const { return MAML_FAST_ISA::sum_place<T>(o, i, I); }
+    // From (o, i) on, so many lie one after another.
+    virtual Index sum_run(Index i) const { return turns_rows<T>(I) ? I - i : smaller<Index>(I - i, DOT_B - i % DOT_B); }
     // Row o of the adapted weights: [I] units.
     virtual void adapted_row(Index o, T* row) = 0;
 
-    void forward(Index k) override { times(k, in->value[k], out->value[k], bias(k)); }
+    void forward(Index k) override { times(k, in->value[k], out->value[k], bias(k), this->value_gate()); }
     void backward(Index k) override {
-        if (!first) times_transposed(k, out->cotangent[k], in->cotangent[k]);
+        if (!first) times_transposed(k, out->cotangent[k], in->cotangent[k], this->cotangent_gate(k));
     }
     // t_z = W_k t_A - eta_k (Lam A_k + lam_b)
     void tangent(Index k) override {
-        const View<T>& t_z = out->tangent[k];
-        const Base<T> lam_b = adjoint_bias(-bias_rate(k));
-        if (first) return times_adjoint(in->value[k], t_z, -weight_rate(k), lam_b);
-        times(k, in->tangent[k], t_z, lam_b);
-        times_adjoint(in->value[k], t_z, -weight_rate(k), onto(t_z));
+        const View<T>* t_x = first ? nullptr : &in->tangent[k];
+        times_both(k, t_x, in->value[k], -weight_rate(k), out->tangent[k], adjoint_bias(-bias_rate(k)),
+                   this->tangent_gate(k));
     }
     // t_dA = W_k^T t_D - eta_k Lam^T D_k
     void tangent_backward(Index k) override {
-        if (first) return;
-        const View<T>& t_dx = in->t_cotangent[k];
-        times_transposed(k, out->t_cotangent[k], t_dx);
-        add_adjoint_transposed(out->cotangent[k], t_dx, -weight_rate(k));
+        if (!first)
+            times_both_transposed(k, out->t_cotangent[k], out->cotangent[k], -weight_rate(k), in->t_cotangent[k],
+                                  this->cotangent_gate(k));
     }
 
     // dloss/deta_k = -<g_k, Lam>, of weight and bias: g_k = D_k A_k^T, so it is sum(D_k * (Lam A_k)).
     void add_rate_gradients(Index k, double* by_weight, double* by_bias) {
         const View<T>& d = out->cotangent[k];
         const View<T>& product = rate_product;
-        times_adjoint(in->value[k], product, 1, {});
+        times_both(k, nullptr, in->value[k], 1, product, {}, {});
         for (Index o = 0; o < O; ++o) {
             Vec<T> sum{};
             for (Index n = 0; n < d.numbers(); n += LANES<T>)
@@ -93,10 +94,14 @@ class FastLinear : public LinearStage<T, Lanes> {
     const bool first;  // its input is the data, which no tangent and no cotangent concerns
 
    protected:
-    virtual void times(Index k, const View<T>& x, const View<T>& z, Base<T> base) = 0;
-    virtual void times_transposed(Index k, const View<T>& d, const View<T>& dx) = 0;
-    virtual void times_adjoint(const View<T>& x, const View<T>& z, T alpha, Base<T> base) = 0;
-    virtual void add_adjoint_transposed(const View<T>& d, const View<T>& dx, T alpha) = 0;
+    // z = gate(W_k x + base); dx = gate(W_k^T d)
+    virtual void times(Index k, const View<T>& x, const View<T>& z, Base<T> base, Gate<T> gate) = 0;
+    virtual void times_transposed(Index k, const View<T>& d, const View<T>& dx, Gate<T> gate) = 0;
+    // z = gate(W_k t + alpha Lam x + base), t null for zero; dx = gate(W_k^T t + alpha Lam^T d)
+    virtual void times_both(Index k, const View<T>* t, const View<T>& x, T alpha, const View<T>& z, Base<T> base,
+                            Gate<T> gate) = 0;
+    virtual void times_both_transposed(Index k, const View<T>& t, const View<T>& d, T alpha, const View<T>& dx,
+                                       Gate<T> gate) = 0;
 
     T weight_rate(Index k) const { return layer.weight_rates.empty() ? T(0) : static_cast<T>(layer.weight_rates[k]); }
     T bias_rate(Index k) const { return layer.bias_rates.empty() ? T(0) : static_cast<T>(layer.bias_rates[k]); }
@@ -171,28 +176,35 @@ class DenseLinear final : public FastLinear<T, Lanes> {
     void descend(Index k) override {
         this->descend_bias(k);
         T* next = weights[k + 1].p;
-        const T* shared = static_cast<const T*>(layer.weight);
+        const T *shared = static_cast<const T*>(layer.weight), *from = k ? weights[k].p : shared;
+        const T rate = this->weight_rate(k);
         if constexpr (Lanes::tasks) {
-            const Base<T> base = k ? Base<T>{Base<T>::vector, weights[k].p, stride() * U, U}
-                                   : Base<T>{Base<T>::number, shared, I, 1};
-            outer<T, Lanes>(out->cotangent[k], in->value[k], next, stride(), -this->weight_rate(k), base, this->workspace);
+            const Base<T> base = k ? onto(from) : Base<T>{Base<T>::number, from, I, 1};
+            own(outer<T>(out->cotangent[k], in->value[k]), {}, next, -rate, base);
         } else {
             for (Index o = 0; o < O; ++o)
-                if (const T* from = k ? weights[k].p + o * stride() : shared + o * I; from != next + o * stride())
-                    std::memcpy(next + o * stride(), from, I * sizeof(T));
-            outer<T, Lanes>(out->cotangent[k], in->value[k], next, stride(), -this->weight_rate(k), onto_weights(next),
-                            this->workspace);
+                if (const T* row = from + o * (k ? stride() : I); row != next + o * stride())
+                    std::memcpy(next + o * stride(), row, I * sizeof(T));
+            outer_by_rows<T>(out->cotangent[k], in->value[k], next, stride(), -rate, true, this->workspace);
         }
     }
     void begin_adjoint() override {
         Base_::begin_adjoint();
-        outer<T, Lanes>(out->cotangent[S], in->value[S], adjoint, stride(), 1, {}, this->workspace);
+        const View<T>&d = out->cotangent[S], &a = in->value[S];
+        if constexpr (Lanes::tasks)
+            own(outer<T>(d, a), {}, adjoint, 1, {});
+        else
+            outer_by_rows<T>(d, a, adjoint, stride(), 1, false, this->workspace);
     }
     void pull_back(Index k) override {
         Base_::pull_back(k);
-        outer<T, Lanes>(out->t_cotangent[k], in->value[k], adjoint, stride(), 1, onto_weights(adjoint), this->workspace);
-        if (!this->first)
-            outer<T, Lanes>(out->cotangent[k], in->tangent[k], adjoint, stride(), 1, onto_weights(adjoint), this->workspace);
+        const View<T>&t_d = out->t_cotangent[k], &a = in->value[k], &d = out->cotangent[k];
+        if constexpr (Lanes::tasks) {
+            own(outer<T>(t_d, a), this->first ? Sum<T>{} : outer<T>(d, in->tangent[k]), adjoint, 1, onto(adjoint));
+        } else {
+            outer_by_rows<T>(t_d, a, adjoint, stride(), 1, true, this->workspace);
+            if (!this->first) outer_by_rows<T>(d, in->tangent[k], adjoint, stride(), 1, true, this->workspace);
+        }
     }
     void add_gradient(T* weight, T* bias) override {
         this->add_bias_gradient(bias);
@@ -209,33 +221,73 @@ class DenseLinear final : public FastLinear<T, Lanes> {
             for (; i < count; ++i) weight[i] += lane_sum<T>(load(adjoint + i * L));
         } else {
             for (Index o = 0; o < O; ++o)
-                for (Index i = 0; i < I; ++i) weight[o * stride() + i] += adjoint[o * stride() + i];
+                for (Index i = 0; i < I; ++i) weight[o * I + i] += adjoint[o * stride() + i];
         }
     }
-    Index weight_stride() const override { return stride(); }
+    Index sum_length() const override { return O * I; }
+    Index sum_place(Index o, Index i) const override { return o * I + i; }
+    Index sum_run(Index i) const override { return I - i; }
     void adapted_row(Index o, T* row) override { std::memcpy(row, weights[S].p + o * stride() * U, I * U * sizeof(T)); }
 
    protected:
-    void times(Index k, const View<T>& x, const View<T>& z, Base<T> base) override {
-        if (k == 0) return this->times_shared(x, z, base);
-        product<T>(O, x.columns, I, {weights[k].p, stride() * U, U, Lanes::tasks}, columns_of(x), z.p, z.by_feature, 1, base);
+    void times(Index k, const View<T>& x, const View<T>& z, Base<T> base, Gate<T> gate) override {
+        this->multiply(weight(k), x, z, base, gate);
     }
-    void times_transposed(Index k, const View<T>& d, const View<T>& dx) override {
-        if (k == 0) return this->times_shared_transposed(d, dx);
-        product<T>(I, d.columns, O, {weights[k].p, U, stride() * U, Lanes::tasks}, columns_of(d), dx.p, dx.by_feature);
+    void times_transposed(Index k, const View<T>& d, const View<T>& dx, Gate<T> gate) override {
+        this->multiply(transposed(weight(k)), d, dx, {}, gate);
     }
-    void times_adjoint(const View<T>& x, const View<T>& z, T alpha, Base<T> base) override {
-        product<T>(O, x.columns, I, {adjoint, stride() * U, U, Lanes::tasks}, columns_of(x), z.p, z.by_feature, alpha, base);
+    void times_both(Index k, const View<T>* t, const View<T>& x, T alpha, const View<T>& z, Base<T> base,
+                    Gate<T> gate) override {
+        both(t ? MAML_FAST_ISA::times<T>(weight(k), *t) : Sum<T>{}, MAML_FAST_ISA::times<T>(own_operand(adjoint), x), alpha, z,
+             base, gate);
     }
-    void add_adjoint_transposed(const View<T>& d, const View<T>& dx, T alpha) override {
-        product<T>(I, d.columns, O, {adjoint, U, stride() * U, Lanes::tasks}, columns_of(d), dx.p, dx.by_feature, alpha,
-                   onto(dx));
+    void times_both_transposed(Index k, const View<T>& t, const View<T>& d, T alpha, const View<T>& dx,
+                               Gate<T> gate) override {
+        both(MAML_FAST_ISA::times<T>(transposed(weight(k)), t), MAML_FAST_ISA::times<T>(transposed(own_operand(adjoint)), d),
+             alpha, dx, {}, gate);
     }
 
    private:
     // Units from one row of weights to the next.
     Index stride() const { return Lanes::tasks ? I : padded_features<T>(I); }
-    Base<T> onto_weights(const T* weights) const { return {Base<T>::vector, weights, stride() * U, LANES<T>}; }
+    Base<T> onto(const T* weights) const { return {Base<T>::vector, weights, stride() * U, LANES<T>}; }
+    Operand<T> own_operand(const T* weights) const { return {weights, stride() * U, U, Lanes::tasks}; }
+    Operand<T> weight(Index k) const { return k ? own_operand(weights[k].p) : this->shared_weight(); }
+    static Operand<T> transposed(Operand<T> w) { return {w.p, w.by_k, w.by_a, w.vectors}; }
+
+    // z = gate(weight + alpha adjoint + base), in one product if both are of one kind.
+    static void both(Sum<T> weight, Sum<T> adjoint, T alpha, const View<T>& z, Base<T> base, Gate<T> gate) {
+        Product<T> p;
+        p.first = adjoint;
+        p.alpha = alpha;
+        p.base = base;
+        p.gate = gate;
+        p.c = z.p;
+        p.c_by_a = z.by_feature;
+        if (weight.terms && weight.left.vectors != adjoint.left.vectors) {
+            Product<T> q;
+            q.first = weight;
+            q.base = base;
+            q.c = z.p;
+            q.c_by_a = z.by_feature;
+            product<T>(z.features, z.columns, q);
+            p.base = MAML_FAST_ISA::onto(z);
+        } else {
+            p.second = weight;
+        }
+        product<T>(z.features, z.columns, p);
+    }
+    // Weights of each task's own: c = alpha * first + second + base.
+    void own(Sum<T> first, Sum<T> second, T* c, T alpha, Base<T> base) const {
+        Product<T> p;
+        p.first = first;
+        p.alpha = alpha;
+        p.second = second;
+        p.base = base;
+        p.c = c;
+        p.c_by_a = stride() * U;
+        product<T>(O, I, p);
+    }
 
     const bool keeps_steps;
     std::vector<Numbers<T>> weights;  // [S + 1]; the first is the shared one, and not kept here
@@ -274,78 +326,93 @@ class FactoredLinear final : public FastLinear<T, Lanes> {
     }
     void add_gradient(T* weight, T* bias) override {
         this->add_bias_gradient(bias);
-        for (const Run& run : adjoint())
-            if (run.left.columns) add_sums<T>(run.left, run.right, weight, this->weight_stride(), this->workspace);
+        add_runs_up<T>(adjoint_recent(1), adjoint_earlier(1), weight, this->workspace);
     }
     void adapted_row(Index o, T* row) override {
         const T* shared = static_cast<const T*>(this->layer.weight) + o * I;
         for (Index i = 0; i < I * Lanes::unit; ++i) row[i] = shared[i / Lanes::unit];
-        for (Index k = 0; k < S; ++k) add_outer_row<T, Lanes>(out->cotangent[k], o, in->value[k], row, -this->weight_rate(k));
+        for (Index k = 0; k < S; ++k)
+            add_outer_row<T, Lanes>({out->cotangent[k], in->value[k], -this->weight_rate(k)}, o, row);
     }
 
    protected:
-    void times(Index k, const View<T>& x, const View<T>& z, Base<T> base) override {
-        this->times_shared(x, z, base);
-        for (Index j = 0; j < k;) {
-            const Index end = same_rate(j, k);
-            through<T, Lanes>(run(out->cotangent, j, end), run(in->value, j, end), x, z, -this->weight_rate(j),
-                              this->workspace);
-            j = end;
-        }
+    void times(Index k, const View<T>& x, const View<T>& z, Base<T> base, Gate<T> gate) override {
+        begin_terms();
+        add_moved(k, x, false);
+        finish(this->shared_weight(), x, z, base, gate);
     }
-    void times_transposed(Index k, const View<T>& d, const View<T>& dx) override {
-        this->times_shared_transposed(d, dx);
-        for (Index j = 0; j < k;) {
-            const Index end = same_rate(j, k);
-            through<T, Lanes>(run(in->value, j, end), run(out->cotangent, j, end), d, dx, -this->weight_rate(j),
-                              this->workspace);
-            j = end;
-        }
+    void times_transposed(Index k, const View<T>& d, const View<T>& dx, Gate<T> gate) override {
+        begin_terms();
+        add_moved(k, d, true);
+        finish(this->shared_transposed(), d, dx, {}, gate);
     }
-    void times_adjoint(const View<T>& x, const View<T>& z, T alpha, Base<T> base) override {
-        for (const Run& run : adjoint()) {
-            if (!run.left.columns) continue;
-            through<T, Lanes>(run.left, run.right, x, z, alpha, this->workspace, base);
-            base = onto(z);
-        }
+    void times_both(Index k, const View<T>* t, const View<T>& x, T alpha, const View<T>& z, Base<T> base,
+                    Gate<T> gate) override {
+        begin_terms();
+        if (t) add_moved(k, *t, false);
+        add_adjoint(x, alpha, false);
+        if (t) return finish(this->shared_weight(), *t, z, base, gate);
+        for (std::size_t i = 0; i < terms.size(); ++i)
+            add_term(i, z, i ? MAML_FAST_ISA::onto(z) : base, gate);
     }
-    void add_adjoint_transposed(const View<T>& d, const View<T>& dx, T alpha) override {
-        for (const Run& run : adjoint())
-            if (run.left.columns) through<T, Lanes>(run.right, run.left, d, dx, alpha, this->workspace);
+    void times_both_transposed(Index k, const View<T>& t, const View<T>& d, T alpha, const View<T>& dx,
+                               Gate<T> gate) override {
+        begin_terms();
+        add_moved(k, t, true);
+        add_adjoint(d, alpha, true);
+        finish(this->shared_transposed(), t, dx, {}, gate);
     }
 
    private:
-    struct Run {
-        View<T> left, right;
+    // A run, and what it is multiplied with.
+    struct Term {
+        Run<T> run;
+        View<T> x;
     };
-    struct Runs {
-        Run runs[2];
-        const Run* begin() const { return runs; }
-        const Run* end() const { return runs + 2; }
-    };
-    // Lam = the sum of left right^T over both runs
-    Runs adjoint() const {
-        const Index columns = in->columns, steps = S - since;
-        const Index all = steps * columns + in->query_columns;
-        const View<T>& t_d = steps ? out->t_cotangent[since] : out->cotangent[S];
-        View<T> left = t_d, right = in->value[since];
-        left.columns = right.columns = all;
-        Runs found{{{left, right}, {}}};
-        if (steps) found.runs[1] = {run(out->cotangent, since, S), run(in->tangent, since, S)};
-        return found;
+
+    void begin_terms() { terms.clear(); }
+    // W_k - W, a term for each run of steps that have one rate.
+    void add_moved(Index k, const View<T>& x, bool transposed) {
+        for (Index j = 0; j < k;) {
+            Index end = j + 1;
+            while (end < k && this->weight_rate(end) == this->weight_rate(j)) ++end;
+            const Run<T> run{joined(out->cotangent, j, end), joined(in->value, j, end), -this->weight_rate(j)};
+            terms.push_back({transposed ? run.transposed() : run, x});
+            j = end;
+        }
     }
-    View<T> run(const std::vector<View<T>>& steps, Index begin, Index end) const {
+    void add_adjoint(const View<T>& x, T alpha, bool transposed) {
+        for (const Run<T>& run : {adjoint_recent(alpha), adjoint_earlier(alpha)})
+            if (run.l.columns) terms.push_back({transposed ? run.transposed() : run, x});
+    }
+    // Lam is the sum of two runs: (t_D, A) of the steps gone back through and, behind them, the query's D and A;
+    Run<T> adjoint_recent(T alpha) const {
+        const Index columns = (S - since) * in->columns + in->query_columns;
+        View<T> l = since < S ? out->t_cotangent[since] : out->cotangent[S], r = in->value[since];
+        l.columns = r.columns = columns;
+        return {l, r, alpha};
+    }
+    // and (D, t_A) of those steps.
+    Run<T> adjoint_earlier(T alpha) const {
+        if (since == S) return {};
+        return {joined(out->cotangent, since, S), joined(in->tangent, since, S), alpha};
+    }
+    static View<T> joined(const std::vector<View<T>>& steps, Index begin, Index end) {
         View<T> view = steps[begin];
         view.columns *= end - begin;
         return view;
     }
-    // The end of the run of steps from j that have one rate.
-    Index same_rate(Index j, Index k) const {
-        Index end = j + 1;
-        while (end < k && this->weight_rate(end) == this->weight_rate(j)) ++end;
-        return end;
+
+    // z = gate(shared x + base + all terms)
+    void finish(Operand<T> shared, const View<T>& x, const View<T>& z, Base<T> base, Gate<T> gate) const {
+        this->multiply(shared, x, z, base, terms.empty() ? gate : Gate<T>{});
+        for (std::size_t i = 0; i < terms.size(); ++i) add_term(i, z, MAML_FAST_ISA::onto(z), gate);
+    }
+    void add_term(std::size_t i, const View<T>& z, Base<T> base, Gate<T> gate) const {
+        add_run<T, Lanes>(terms[i].run, terms[i].x, z, this->workspace, i + 1 == terms.size() ? gate : Gate<T>{}, base);
     }
 
+    std::vector<Term> terms;
     Index since = 0;  // the first step whose tangents are part of the adjoint
 };
 
@@ -383,7 +450,7 @@ class FactoredInput final : public FastLinear<T, Lanes> {
         gram<T, Lanes>(x, x, support_support, 1);
         gram<T, Lanes>(x, q, support_query, 1);
         gram<T, Lanes>(q, x, query_support, 1);
-        if (S > 1) this->times_shared(x, base, {});
+        if (S > 1) this->multiply(this->shared_weight(), x, base, {}, {});
     }
     void descend(Index k) override {
         this->descend_bias(k);
@@ -396,36 +463,45 @@ class FactoredInput final : public FastLinear<T, Lanes> {
     }
     void add_gradient(T* weight, T* bias) override {
         this->add_bias_gradient(bias);
-        add_sums<T>(out->cotangent[S], in->value[S], weight, this->weight_stride(), this->workspace);
-        if (t_sum.columns) add_sums<T>(t_sum, in->value[0], weight, this->weight_stride(), this->workspace);
+        Run<T> summed;
+        if (t_sum.columns) summed = {t_sum, in->value[0], 1};
+        add_runs_up<T>({out->cotangent[S], in->value[S], 1}, summed, weight, this->workspace);
     }
     void adapted_row(Index o, T* row) override {
         const T* shared = static_cast<const T*>(this->layer.weight) + o * I;
         for (Index i = 0; i < I * U; ++i) row[i] = shared[i / U];
-        if (S) add_outer_row<T, Lanes>(moved, o, in->value[0], row, 1);
+        if (S) add_outer_row<T, Lanes>({moved, in->value[0], 1}, o, row);
     }
 
    protected:
-    void times(Index k, const View<T>& x, const View<T>& z, Base<T> bias) override {
-        if (k < S && S > 1) {
-            if (k)
-                apply<T, Lanes>(moved, support_support, z, 1, onto(base));
-            else
-                add_scaled(base, z, 1, false);
-            add_to_rows(z, bias);
-        } else {
-            this->times_shared(x, z, bias);
-            if (k) apply<T, Lanes>(moved, support_query, z, 1, onto(z));
-        }
+    void times(Index k, const View<T>& x, const View<T>& z, Base<T> bias, Gate<T> gate) override {
+        const Gate<T> first_gate = k ? Gate<T>{} : gate;
+        if (k < S && S > 1)
+            add_to_rows(base, bias, z, first_gate);
+        else
+            this->multiply(this->shared_weight(), x, z, bias, first_gate);
+        if (k) add_applied(moved, k < S ? support_support : support_query, 1, z, MAML_FAST_ISA::onto(z), gate);
     }
-    void times_transposed(Index, const View<T>&, const View<T>&) override {}  // nothing adapts below
-    void times_adjoint(const View<T>&, const View<T>& z, T alpha, Base<T> bias) override {
-        apply<T, Lanes>(out->cotangent[S], query_support, z, alpha, bias);
-        if (t_sum.columns) apply<T, Lanes>(t_sum, support_support, z, alpha, onto(z));
+    void times_both(Index, const View<T>*, const View<T>&, T alpha, const View<T>& z, Base<T> bias, Gate<T> gate) override {
+        const bool more = t_sum.columns > 0;
+        add_applied(out->cotangent[S], query_support, alpha, z, bias, more ? Gate<T>{} : gate);
+        if (more) add_applied(t_sum, support_support, alpha, z, MAML_FAST_ISA::onto(z), gate);
     }
-    void add_adjoint_transposed(const View<T>&, const View<T>&, T) override {}
+    // Nothing adapts below.
+    void times_transposed(Index, const View<T>&, const View<T>&, Gate<T>) override {}
+    void times_both_transposed(Index, const View<T>&, const View<T>&, T, const View<T>&, Gate<T>) override {}
 
    private:
+    static void add_applied(const View<T>& l, const View<T>& g, T alpha, const View<T>& z, Base<T> base, Gate<T> gate) {
+        Product<T> p;
+        p.first = applied<T, Lanes>(l, g);
+        p.alpha = alpha;
+        p.base = base;
+        p.gate = gate;
+        p.c = z.p;
+        p.c_by_a = z.by_feature;
+        product<T>(z.features, z.columns, p);
+    }
     static void add_scaled(const View<T>& from, const View<T>& to, T scale, bool add) {
         for (Index o = 0; o < from.features; ++o)
             for (Index n = 0; n < from.numbers(); n += LANES<T>) {
@@ -434,13 +510,14 @@ class FactoredInput final : public FastLinear<T, Lanes> {
                 store(at, add ? load(at) + v : v);
             }
     }
-    static void add_to_rows(const View<T>& z, const Base<T>& bias) {
-        if (bias.kind == Base<T>::nothing) return;
+    static void add_to_rows(const View<T>& x, const Base<T>& bias, const View<T>& z, Gate<T> gate) {
         for (Index o = 0; o < z.features; ++o) {
             const T* p = bias.p + o * bias.by_a;
-            const Vec<T> b = bias.kind == Base<T>::vector ? load(p) : all(*p);
-            for (Index n = 0; n < z.numbers(); n += LANES<T>)
-                store(z.p + o * z.by_feature + n, load(z.p + o * z.by_feature + n) + b);
+            const Vec<T> b = bias.kind == Base<T>::nothing ? Vec<T>{} : bias.kind == Base<T>::vector ? load(p) : all(*p);
+            for (Index n = 0; n < z.columns; ++n) {
+                const Index at = n * LANES<T>;
+                store(z.p + o * z.by_feature + at, gate(load(x.p + o * x.by_feature + at) + b, o, n));
+            }
         }
     }
 

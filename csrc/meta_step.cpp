@@ -137,7 +137,7 @@ class ProgramSession final : public Session {
         Index rows = 0;
         for (const auto& place : blueprint_->places()) {
             job.sum_rows.push_back({rows});
-            rows += place.layer->out_features;
+            rows += place.layer->O;
         }
         job.sum_rows.push_back({rows});
         const bool alone = blueprint_->sum_numbers() * job.chunks < SHARED_SUM;
@@ -160,25 +160,31 @@ class ProgramSession final : public Session {
         }
     }
     void add_up_row(const Job& job, const typename TileOf::Place& place, Index o) const {
-        const Layer& layer = *place.layer;
-        const Index I = layer.in_features;
-        if (T* to = static_cast<T*>(layer.weight_gradient)) sum(job, place.weight + o * place.stride, I, to + o * I);
-        if (T* to = static_cast<T*>(layer.bias_gradient)) sum(job, place.bias + o, 1, to + o);
-    }
-    void sum(const Job& job, Index at, Index count, T* to) const {
+        const FastLinear<T, Lanes>& layer = *place.layer;
+        T* weight = static_cast<T*>(layer.layer.weight_gradient);
+        T* bias = static_cast<T*>(layer.layer.bias_gradient);
         for (Index chunk = 0; chunk < job.chunks; ++chunk) {
-            const T* from = partial(chunk).numbers + at;
-            for (Index i = 0; i < count; ++i) to[i] = chunk ? to[i] + from[i] : from[i];
+            const T* from = partial(chunk).numbers;
+            if (weight) {
+                T* to = weight + o * layer.I;
+                for (Index i = 0; i < layer.I;) {
+                    // as far as the numbers lie in a row
+                    const Index at = layer.sum_place(o, i), run = layer.sum_run(i);
+                    for (Index j = 0; j < run; ++j) to[i + j] = (chunk ? to[i + j] : T(0)) + from[place.weight + at + j];
+                    i += run;
+                }
+            }
+            if (bias) bias[o] = (chunk ? bias[o] : T(0)) + from[place.bias + o];
         }
     }
     void add_up_rates(const Job& job) const {
         Index at = 0;
         for (const auto& place : blueprint_->places()) {
-            if (place.layer->rate_gradients)
+            if (double* to = place.layer->layer.rate_gradients)
                 for (Index i = 0; i < 2 * program_.steps; ++i) {
                     double total = 0;
                     for (Index chunk = 0; chunk < job.chunks; ++chunk) total += partial(chunk).rates[at + i];
-                    place.layer->rate_gradients[i] = total;
+                    to[i] = total;
                 }
             at += 2 * program_.steps;
         }
@@ -281,7 +287,11 @@ double peak_of() {
     double best = 0;
     for (int round = 0; round < 200; ++round) {
         const double start = seconds();
-        product<T>(A, B, TERMS, {p, 1, 0, false}, {q, 0, LANES<T>}, c, B * LANES<T>);
+        Product<T> g;
+        g.first = {{p, 1, 0, false}, {q, 0, LANES<T>}, TERMS};
+        g.c = c;
+        g.c_by_a = B * LANES<T>;
+        product<T>(A, B, g);
         const double rate = 2.0 * A * B * LANES<T> * TERMS / (seconds() - start);
         best = larger(best, rate);
     }

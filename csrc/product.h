@@ -1,13 +1,13 @@
 // Every matrix product of a meta-step, by one register-blocked micro-kernel.
 //
-//     C[a][b] = alpha * sum_k P[a][k] Q[k][b] + beta * base[a][b]
+//     C[a][b] = gate( alpha * sum_k P1[a][k] Q1[k][b] + sum_k P2[a][k] Q2[k][b] + beta * base[a][b] )
 //
 // C and Q hold vectors. P holds vectors too (`Operand::vectors`: each lane has a matrix of its own) or single numbers that
 // serve all lanes. So an activation is [features][columns] of vectors, and its lanes are either tasks or rows of one task
 // (see lanes.h); nothing is ever packed, padded to a lane count or reduced across lanes inside the loop.
 #pragma once
 
-#include "simd.h"
+#include "vector_math.h"
 
 namespace maml_fast::MAML_FAST_ISA {
 
@@ -26,6 +26,14 @@ struct Columns {
     Index by_k, by_b;
 };
 
+// One of the sums, over `terms` values of k.
+template <class T>
+struct Sum {
+    Operand<T> left{};
+    Columns<T> right{};
+    Index terms = 0;
+};
+
 // What a product is added to: nothing, a vector or a number at base[a * by_a + b * by_b].
 template <class T>
 struct Base {
@@ -35,15 +43,30 @@ struct Base {
     T beta = 1;
 };
 
+// What a result goes through before it is stored: nothing; rectify, negative ones become 0; or a mask, those become 0 where
+// the vector y[a * by_a + b * L] is not positive. A ReLU and its derivative, without a pass of their own.
 template <class T>
-struct ProductArgs {
-    Operand<T> left;
-    Columns<T> right;
-    T* c;
-    Index c_by_a;  // c_by_b is a vector
-    Index terms;   // values of k
-    T alpha;
+struct Gate {
+    enum Kind { open, rectify, mask } kind = open;
+    const T* y = nullptr;
+    Index by_a = 0;
+
+    MAML_FAST_INLINE Vec<T> operator()(Vec<T> v, Index a, Index b) const {
+        if (kind == open) return v;
+        if (kind == rectify) return positive_part<T>(v);
+        return where_positive<T>(load(y + a * by_a + b * LANES<T>), v);
+    }
+};
+
+template <class T>
+struct Product {
+    Sum<T> first;
+    T alpha = 1;  // of the first sum
     Base<T> base;
+    Sum<T> second;
+    Gate<T> gate;
+    T* c = nullptr;
+    Index c_by_a = 0;  // c_by_b is a vector
 };
 
 // How many of b, and then of a, are kept in registers at once.
@@ -54,24 +77,17 @@ constexpr int most_a(int b) {
 }
 
 template <class T, int A, int B, bool VECTORS, bool CONTIGUOUS>
-__attribute__((noinline)) void product_block(const ProductArgs<T>& g) {
-    constexpr Index L = LANES<T>;
-    Vec<T> acc[A][B];
-    const T* p[A];
-    const T* q[B];
+MAML_FAST_INLINE void add_sum(const Sum<T>& sum, Vec<T> (&acc)[A][B]) {
+    const T *p[A], *q[B];
     MAML_FAST_UNROLL
-    for (int a = 0; a < A; ++a) {
-        p[a] = g.left.p + a * g.left.by_a;
-        MAML_FAST_UNROLL
-        for (int b = 0; b < B; ++b) acc[a][b] = Vec<T>{};
-    }
+    for (int a = 0; a < A; ++a) p[a] = sum.left.p + a * sum.left.by_a;
     MAML_FAST_UNROLL
-    for (int b = 0; b < B; ++b) q[b] = g.right.q + b * g.right.by_b;
+    for (int b = 0; b < B; ++b) q[b] = sum.right.q + b * sum.right.by_b;
     Index at_p = 0, at_q = 0;
-    for (Index k = 0; k < g.terms; ++k, at_p += g.left.by_k, at_q += g.right.by_k) {
+    for (Index k = 0; k < sum.terms; ++k, at_p += sum.left.by_k, at_q += sum.right.by_k) {
         Vec<T> y[B];
         MAML_FAST_UNROLL
-        for (int b = 0; b < B; ++b) y[b] = CONTIGUOUS ? load(q[0] + at_q + b * L) : load(q[b] + at_q);
+        for (int b = 0; b < B; ++b) y[b] = CONTIGUOUS ? load(q[0] + at_q + b * LANES<T>) : load(q[b] + at_q);
         MAML_FAST_UNROLL
         for (int a = 0; a < A; ++a) {
             const Vec<T> x = VECTORS ? load(p[a] + at_p) : all(p[a][at_p]);
@@ -79,50 +95,92 @@ __attribute__((noinline)) void product_block(const ProductArgs<T>& g) {
             for (int b = 0; b < B; ++b) acc[a][b] += x * y[b];
         }
     }
+}
+
+template <int A, int B, class Visit>
+MAML_FAST_INLINE void each(Visit visit) {
     MAML_FAST_UNROLL
     for (int a = 0; a < A; ++a) {
-        T* c = g.c + a * g.c_by_a;
-        const T* base = g.base.p + a * g.base.by_a;
-        if (g.base.kind == Base<T>::nothing) {
-            MAML_FAST_UNROLL
-            for (int b = 0; b < B; ++b) store(c + b * L, acc[a][b] * g.alpha);
-        } else if (g.base.kind == Base<T>::vector) {
-            MAML_FAST_UNROLL
-            for (int b = 0; b < B; ++b)
-                store(c + b * L, acc[a][b] * g.alpha + load(base + b * g.base.by_b) * g.base.beta);
-        } else {
-            MAML_FAST_UNROLL
-            for (int b = 0; b < B; ++b)
-                store(c + b * L, acc[a][b] * g.alpha + all(base[b * g.base.by_b] * g.base.beta));
-        }
+        MAML_FAST_UNROLL
+        for (int b = 0; b < B; ++b) visit(a, b);
     }
 }
 
-// The block of `a` rows, found among the instances for 1 .. A.
 template <class T, int A, int B, bool VECTORS, bool CONTIGUOUS>
-void product_rows(Index a, const ProductArgs<T>& g) {
-    if constexpr (A > 0) {
-        if (a == A) return product_block<T, A, B, VECTORS, CONTIGUOUS>(g);
-        product_rows<T, A - 1, B, VECTORS, CONTIGUOUS>(a, g);
+__attribute__((noinline)) void product_block(const Product<T>& g) {
+    Vec<T> acc[A][B];
+    each<A, B>([&](int a, int b) { acc[a][b] = Vec<T>{}; });
+    add_sum<T, A, B, VECTORS, CONTIGUOUS>(g.first, acc);
+    // Each case is straight code of its own, or the compiler would put what has been summed aside.
+    if (g.base.kind == Base<T>::nothing) {
+        each<A, B>([&](int a, int b) { acc[a][b] *= g.alpha; });
+    } else if (g.base.kind == Base<T>::vector) {
+        each<A, B>([&](int a, int b) {
+            acc[a][b] = acc[a][b] * g.alpha + load(g.base.p + a * g.base.by_a + b * g.base.by_b) * g.base.beta;
+        });
+    } else {
+        each<A, B>([&](int a, int b) {
+            acc[a][b] = acc[a][b] * g.alpha + all(g.base.p[a * g.base.by_a + b * g.base.by_b] * g.base.beta);
+        });
     }
+    if (g.second.terms) add_sum<T, A, B, VECTORS, CONTIGUOUS>(g.second, acc);
+    T* const c = g.c;
+    const Index by_a = g.c_by_a;
+    if (g.gate.kind == Gate<T>::open) {
+        each<A, B>([&](int a, int b) { store(c + a * by_a + b * LANES<T>, acc[a][b]); });
+    } else if (g.gate.kind == Gate<T>::rectify) {
+        each<A, B>([&](int a, int b) { store(c + a * by_a + b * LANES<T>, positive_part<T>(acc[a][b])); });
+    } else {
+        each<A, B>([&](int a, int b) {
+            const Vec<T> y = load(g.gate.y + a * g.gate.by_a + b * LANES<T>);
+            store(c + a * by_a + b * LANES<T>, where_positive<T>(y, acc[a][b]));
+        });
+    }
+}
+
+// The instances for 1 .. MOST rows, by number of rows.
+template <class T, int B, bool VECTORS, bool CONTIGUOUS>
+struct Blocks {
+    using Block = void (*)(const Product<T>&);
+    static constexpr int MOST = most_a(B);
+    Block of[MOST + 1];
+    template <int... A>
+    constexpr explicit Blocks(Ints<A...>) : of{nullptr, product_block<T, A + 1, B, VECTORS, CONTIGUOUS>...} {}
+};
+template <class T, int B, bool VECTORS, bool CONTIGUOUS>
+constexpr Blocks<T, B, VECTORS, CONTIGUOUS> BLOCKS{typename CountTo<most_a(B)>::type{}};
+
+template <class T>
+MAML_FAST_INLINE void step_rows(Product<T>& g, Index a) {
+    g.first.left.p += a * g.first.left.by_a;
+    g.second.left.p += a * g.second.left.by_a;
+    g.base.p += a * g.base.by_a;
+    g.gate.y += a * g.gate.by_a;
+    g.c += a * g.c_by_a;
+}
+template <class T>
+MAML_FAST_INLINE void step_columns(Product<T>& g, Index b) {
+    g.first.right.q += b * g.first.right.by_b;
+    g.second.right.q += b * g.second.right.by_b;
+    g.base.p += b * g.base.by_b;
+    if (g.gate.y) g.gate.y += b * LANES<T>;
+    g.c += b * LANES<T>;
 }
 
 // All rows of B columns. Rows are cut into blocks of even size: a last block of one or two would wait for its own sums.
 template <class T, int B, bool VECTORS, bool CONTIGUOUS>
-void product_columns(Index rows, ProductArgs<T> g) {
+void product_columns(Index rows, Product<T> g) {
     Index blocks = ceil_div(rows, most_a(B));
     while (rows > 0) {
         const Index a = ceil_div(rows, blocks--);
-        product_rows<T, most_a(B), B, VECTORS, CONTIGUOUS>(a, g);
-        g.left.p += a * g.left.by_a;
-        g.c += a * g.c_by_a;
-        g.base.p += a * g.base.by_a;
+        BLOCKS<T, B, VECTORS, CONTIGUOUS>.of[a](g);
+        step_rows(g, a);
         rows -= a;
     }
 }
 
 template <class T, bool VECTORS, bool CONTIGUOUS>
-void product_of(Index rows, Index columns, ProductArgs<T> g) {
+void product_of(Index rows, Index columns, Product<T> g) {
     Index blocks = ceil_div(columns, MOST_B);
     while (columns > 0) {
         const Index b = ceil_div(columns, blocks--);
@@ -134,22 +192,17 @@ void product_of(Index rows, Index columns, ProductArgs<T> g) {
             default:
                 if constexpr (MOST_B == 5) product_columns<T, 5, VECTORS, CONTIGUOUS>(rows, g);
         }
-        g.right.q += b * g.right.by_b;
-        g.c += b * LANES<T>;
-        g.base.p += b * g.base.by_b;
+        step_columns(g, b);
         columns -= b;
     }
 }
 
-// C [rows][columns of vectors], over `terms` values of k.
+// C [rows][columns of vectors]. Both sums have operands of one kind, and columns that are both contiguous or both not.
 template <class T>
-void product(Index rows, Index columns, Index terms, Operand<T> left, Columns<T> right, T* c, Index c_by_a, T alpha = 1,
-             Base<T> base = {}) {
-    const ProductArgs<T> g{left, right, c, c_by_a, terms, alpha, base};
-    const bool contiguous = right.by_b == LANES<T>;
-    if (!left.vectors)
-        product_of<T, false, true>(rows, columns, g);  // every caller's columns are contiguous there
-    else if (contiguous)
+void product(Index rows, Index columns, const Product<T>& g) {
+    if (!g.first.left.vectors)
+        product_of<T, false, true>(rows, columns, g);  // columns are always contiguous there
+    else if (g.first.right.by_b == LANES<T>)
         product_of<T, true, true>(rows, columns, g);
     else
         product_of<T, true, false>(rows, columns, g);
@@ -157,48 +210,75 @@ void product(Index rows, Index columns, Index terms, Operand<T> left, Columns<T>
 
 // ---- products that are summed over lanes
 
-// C[a][b] (numbers) = alpha * sum over columns and lanes of P[a] Q[b] + base; both [features][columns] of vectors.
+// C[a][b] (numbers) = alpha * sum over columns and lanes of P[a] Q[b], of both pairs, + C; P, Q [features][columns] of
+// vectors. Sums over lanes are the costly part, so they are done once for a block, for as many vectors as there are lanes.
 template <class T>
-struct DotArgs {
-    const T *p, *q;
-    Index p_by_a, q_by_b;
-    Index columns;
-    T* c;
-    Index c_by_a;
-    T alpha;
-    bool add;  // to what c holds
+struct Dots {
+    struct Pair {
+        const T *p = nullptr, *q = nullptr;
+        Index p_by_a = 0, q_by_b = 0;
+        Index columns = 0;
+    } first, second;
+    T* c = nullptr;
+    Index c_by_a = 0;  // 0: c is in blocks, see dot_place
+    T alpha = 1;
+    bool add = false;  // to what c holds
 };
 
-constexpr int DOT_A = 4, DOT_B = MANY_REGISTERS ? 4 : 2;
+constexpr int DOT_A = 4, DOT_B = MANY_REGISTERS ? 4 : 2, DOT_BLOCK = DOT_A * DOT_B;
+
+// Where C[a][b] is if C is in blocks, each as the sums over lanes come out; and how long that is.
+constexpr Index dot_place(Index a, Index b, Index others) {
+    const Index block = (a / DOT_A) * ceil_div(others, DOT_B) + b / DOT_B;
+    return block * DOT_BLOCK + a % DOT_A * DOT_B + b % DOT_B;
+}
+constexpr Index dot_length(Index rows, Index others) {
+    return ceil_div(rows, DOT_A) * ceil_div(others, DOT_B) * DOT_BLOCK;
+}
 
 template <class T, int A, int B>
-__attribute__((noinline)) void dot_block(const DotArgs<T>& g) {
-    constexpr int L = LANES<T>, ALL = (A * B + L - 1) / L * L;
+MAML_FAST_INLINE void add_pair(const typename Dots<T>::Pair& pair, Vec<T>* acc) {
+    for (Index k = 0; k < pair.columns * LANES<T>; k += LANES<T>) {
+        Vec<T> y[B];
+        MAML_FAST_UNROLL
+        for (int b = 0; b < B; ++b) y[b] = load(pair.q + b * pair.q_by_b + k);
+        MAML_FAST_UNROLL
+        for (int a = 0; a < A; ++a) {
+            const Vec<T> x = load(pair.p + a * pair.p_by_a + k);
+            MAML_FAST_UNROLL
+            for (int b = 0; b < B; ++b) acc[a * DOT_B + b] += x * y[b];
+        }
+    }
+}
+
+template <class T, int A, int B>
+__attribute__((noinline)) void dot_block(const Dots<T>& g) {
+    constexpr int L = LANES<T>, ALL = larger(DOT_BLOCK, L);
     Vec<T> acc[ALL];
     MAML_FAST_UNROLL
     for (int i = 0; i < ALL; ++i) acc[i] = Vec<T>{};
-    for (Index k = 0; k < g.columns * L; k += L) {
-        Vec<T> y[B];
+    add_pair<T, A, B>(g.first, acc);
+    if (g.second.columns) add_pair<T, A, B>(g.second, acc);
+    if (g.c_by_a == 0 && DOT_BLOCK % L == 0) {
         MAML_FAST_UNROLL
-        for (int b = 0; b < B; ++b) y[b] = load(g.q + b * g.q_by_b + k);
-        MAML_FAST_UNROLL
-        for (int a = 0; a < A; ++a) {
-            const Vec<T> x = load(g.p + a * g.p_by_a + k);
-            MAML_FAST_UNROLL
-            for (int b = 0; b < B; ++b) acc[a * B + b] += x * y[b];
+        for (int i = 0; i < ALL; i += L) {
+            const Vec<T> sums = lane_sums<T>(acc + i) * g.alpha;
+            store(g.c + i, g.add ? sums + load(g.c + i) : sums);
         }
+        return;
     }
     T sums[ALL];
     for (int i = 0; i < ALL; i += L) store(sums + i, lane_sums<T>(acc + i) * g.alpha);
+    const Index by_a = g.c_by_a ? g.c_by_a : DOT_B;
     for (int a = 0; a < A; ++a)
         for (int b = 0; b < B; ++b) {
-            T& c = g.c[a * g.c_by_a + b];
-            c = (g.add ? c : T(0)) + sums[a * B + b];
+            T& c = g.c[a * by_a + b];
+            c = (g.add ? c : T(0)) + sums[a * DOT_B + b];
         }
 }
 
 template <class T, int A, int B>
-void dot_size(Index a, Index b, const DotArgs<T>& g) {
+void dot_size(Index a, Index b, const Dots<T>& g) {
     if (a == A && b == B) return dot_block<T, A, B>(g);
     if constexpr (A > 1)
         if (a < A) return dot_size<T, A - 1, B>(a, b, g);
@@ -207,13 +287,15 @@ void dot_size(Index a, Index b, const DotArgs<T>& g) {
 }
 
 template <class T>
-void dots(Index rows, Index others, DotArgs<T> g) {
+void dots(Index rows, Index others, const Dots<T>& g) {
+    Dots<T> h = g;
     for (Index a = 0; a < rows; a += DOT_A)
         for (Index b = 0; b < others; b += DOT_B) {
-            DotArgs<T> h = g;
-            h.p += a * g.p_by_a;
-            h.q += b * g.q_by_b;
-            h.c += a * g.c_by_a + b;
+            h.first.p = g.first.p + a * g.first.p_by_a;
+            h.first.q = g.first.q + b * g.first.q_by_b;
+            h.second.p = g.second.p + a * g.second.p_by_a;
+            h.second.q = g.second.q + b * g.second.q_by_b;
+            h.c = g.c + (g.c_by_a ? a * g.c_by_a + b : dot_place(a, b, others));
             dot_size<T, DOT_A, DOT_B>(smaller<Index>(DOT_A, rows - a), smaller<Index>(DOT_B, others - b), h);
         }
 }

@@ -47,8 +47,8 @@ class Tile {
 
     // Where a layer's sums lie, in numbers from the start.
     struct Place {
-        const Layer* layer;
-        Index weight, stride, bias;
+        const FastLinear<T, Lanes>* layer;
+        Index weight, bias;
     };
     const std::vector<Place>& places() const { return places_; }
     Index sum_numbers() const { return sum_numbers_; }
@@ -125,6 +125,7 @@ class Tile {
 
     void allocate(Arena& arena) {
         kept_ = keeps_steps() ? S : smaller<Index>(S, 1);
+        fuse();
         allocate_prelude(arena);
         allocate_values(arena);
         allocate_cotangents(arena);
@@ -136,8 +137,8 @@ class Tile {
             if (auto* pointwise = as_pointwise(stage.get())) pointwise->allocate(arena, kept_);
         for (FastLinear<T, Lanes>* layer : fast_) {
             layer->allocate(arena);
-            Place place{&layer->layer, sum_numbers_, layer->weight_stride(), 0};
-            place.bias = place.weight + ceil_div(layer->O * place.stride, L) * L;
+            Place place{layer, sum_numbers_, 0};
+            place.bias = place.weight + ceil_div(layer->sum_length(), L) * L;
             sum_numbers_ = place.bias + ceil_div(layer->O, L) * L;
             places_.push_back(place);
         }
@@ -148,6 +149,16 @@ class Tile {
             row_ = arena.template take<T>(longest * Lanes::unit);
         }
         workspace_.allocate(arena);
+    }
+
+    // A ReLU that works in place is done by the products of the linear layers beside it.
+    void fuse() {
+        for (Index i = 1; i < last(); ++i) {
+            auto* relu = dynamic_cast<Pointwise<T, Relu<T>>*>(stages_[i].get());
+            if (!relu || !stays_in_place(i)) continue;
+            if (auto* before = linear_at(i - 1)) before->relu_behind = relu->forward_is_done = true;
+            if (auto* behind = linear_at(i + 1)) behind->relu_before = relu->backward_is_done = true;
+        }
     }
 
     void allocate_prelude(Arena& arena) {
@@ -270,6 +281,9 @@ class Tile {
     static PointwiseStage<T>* as_pointwise(Stage<T>* stage) { return dynamic_cast<PointwiseStage<T>*>(stage); }
     const PointwiseStage<T>* pointwise_at(Index i) const {
         return i < 0 || i >= last() ? nullptr : as_pointwise(stages_[i].get());
+    }
+    LinearStage<T, Lanes>* linear_at(Index i) const {
+        return i < 0 || i >= last() ? nullptr : dynamic_cast<LinearStage<T, Lanes>*>(stages_[i].get());
     }
     bool is_factored(Index i) const {
         return i >= 0 && i < last() && dynamic_cast<FactoredLinear<T, Lanes>*>(stages_[i].get());

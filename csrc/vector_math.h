@@ -45,6 +45,12 @@ MAML_FAST_INLINE Vec<T> positive_part(Vec<T> x) {
     return x < Vec<T>{} ? Vec<T>{} : x;
 }
 
+// v where y > 0, else 0; and v where y is NaN
+template <class T>
+MAML_FAST_INLINE Vec<T> where_positive(Vec<T> y, Vec<T> v) {
+    return y <= Vec<T>{} ? Vec<T>{} : v;
+}
+
 // 2^n for whole n in the range of normal numbers.
 template <class T>
 MAML_FAST_INLINE Vec<T> two_to(IntVec<T> n) {

@@ -36,33 +36,59 @@ constexpr Index padded_features(Index features) {
     return spread<T>(ceil_div(features, LANES<T>));
 }
 
+// Masks a result like that of a ReLU whose output is y.
+template <class T>
+Gate<T> mask_by(const View<T>& y) {
+    return {Gate<T>::mask, y.p, y.by_feature};
+}
+
+// left x, the sum of one product: `left` [rows][x.features].
+template <class T>
+Sum<T> times(Operand<T> left, const View<T>& x) {
+    return {left, columns_of(x), x.features};
+}
+
 // g[m][n] = alpha * sum_i h[i][m] x[i][n]: m runs over the rows of h, each a unit.
 template <class T, class Lanes>
 void gram(const View<T>& h, const View<T>& x, const View<T>& g, T alpha) {
-    product<T>(Lanes::units(h.columns), x.columns, x.features, {h.p, Lanes::unit, h.by_feature, Lanes::tasks}, columns_of(x),
-               g.p, g.by_feature, alpha);
+    Product<T> p;
+    p.first = times<T>({h.p, Lanes::unit, h.by_feature, Lanes::tasks}, x);
+    p.alpha = alpha;
+    p.c = g.p;
+    p.c_by_a = g.by_feature;
+    product<T>(Lanes::units(h.columns), x.columns, p);
 }
-// z = alpha * l g + base, where column m of l is a row of g.
+// l g, where column m of l is a row of g.
 template <class T, class Lanes>
-void apply(const View<T>& l, const View<T>& g, const View<T>& z, T alpha, Base<T> base) {
-    product<T>(l.features, g.columns, Lanes::units(l.columns), {l.p, l.by_feature, Lanes::unit, Lanes::tasks}, columns_of(g),
-               z.p, z.by_feature, alpha, base);
-}
-// z = alpha * l (h^T x) + base; by default onto z itself.
-template <class T, class Lanes>
-void through(const View<T>& l, const View<T>& h, const View<T>& x, const View<T>& z, T alpha, const Workspace<T>& workspace,
-             Base<T> base) {
-    const View<T> g = workspace.view(Lanes::units(h.columns), x.columns);
-    gram<T, Lanes>(h, x, g, alpha);
-    apply<T, Lanes>(l, g, z, 1, base);
-}
-template <class T, class Lanes>
-void through(const View<T>& l, const View<T>& h, const View<T>& x, const View<T>& z, T alpha, const Workspace<T>& workspace) {
-    through<T, Lanes>(l, h, x, z, alpha, workspace, onto(z));
+Sum<T> applied(const View<T>& l, const View<T>& g) {
+    return {{l.p, l.by_feature, Lanes::unit, Lanes::tasks}, columns_of(g), Lanes::units(l.columns)};
 }
 
-// Numbers c[a][b] += sum over columns and lanes of l[a] r[b]. Long rows of r are turned into rows of features first, which
-// leaves no sum across lanes to do.
+// A task's rows l, r of other passes, standing for weights: alpha * l r^T.
+template <class T>
+struct Run {
+    View<T> l, r;
+    T alpha = 1;
+    Run transposed() const { return {r, l, alpha}; }
+};
+// z = gate(z + run x)
+template <class T, class Lanes>
+void add_run(const Run<T>& run, const View<T>& x, const View<T>& z, const Workspace<T>& workspace, Gate<T> gate,
+             Base<T> base) {
+    const View<T> g = workspace.view(Lanes::units(run.r.columns), x.columns);
+    gram<T, Lanes>(run.r, x, g, run.alpha);
+    Product<T> p;
+    p.first = applied<T, Lanes>(run.l, g);
+    p.base = base;
+    p.gate = gate;
+    p.c = z.p;
+    p.c_by_a = z.by_feature;
+    product<T>(z.features, z.columns, p);
+}
+
+// ---- sums over columns and lanes: numbers c[a][b] = alpha * sum of l[a] r[b] (+ c)
+
+// Long rows of r are turned into rows of features first, which leaves no sum across lanes to do.
 template <class T>
 constexpr bool turns_rows(Index features) {
     return features >= 4 * LANES<T>;
@@ -72,45 +98,81 @@ constexpr Index sum_workspace(Index features, Index columns) {
     return turns_rows<T>(features) ? columns * LANES<T> * padded_features<T>(features) : 0;
 }
 template <class T>
-void sums(const View<T>& l, const View<T>& r, T* c, Index by_row, T alpha, bool add, const Workspace<T>& workspace) {
-    if (!turns_rows<T>(r.features))
-        return dots<T>(l.features, r.features, {l.p, r.p, l.by_feature, r.by_feature, l.columns, c, by_row, alpha, add});
+void turned_sums(const View<T>& l, const View<T>& r, T* c, Index by_row, T alpha, bool add, const Workspace<T>& workspace) {
     const Index length = padded_features<T>(r.features);
     T* rows = workspace.numbers();
     rows_of<T>(r.p, r.by_feature, r.features, r.columns, rows, length);
-    const Base<T> base = add ? Base<T>{Base<T>::vector, c, by_row, LANES<T>} : Base<T>{};
-    product<T>(l.features, ceil_div(r.features, LANES<T>), r.numbers(), {l.p, l.by_feature, 1, false},
-               {rows, length, LANES<T>}, c, by_row, alpha, base);
+    Product<T> p;
+    p.first = {{l.p, l.by_feature, 1, false}, {rows, length, LANES<T>}, r.numbers()};
+    p.alpha = alpha;
+    if (add) p.base = {Base<T>::vector, c, by_row, LANES<T>};
+    p.c = c;
+    p.c_by_a = by_row;
+    product<T>(l.features, ceil_div(r.features, LANES<T>), p);
 }
 template <class T>
-void add_sums(const View<T>& l, const View<T>& r, T* c, Index by_row, const Workspace<T>& workspace) {
-    sums<T>(l, r, c, by_row, 1, true, workspace);
+typename Dots<T>::Pair pair(const Run<T>& run) {
+    return {run.l.p, run.r.p, run.l.by_feature, run.r.by_feature, run.l.columns};
 }
 
-// Each task's own c[o][i] = alpha * sum over its rows of d[o] a[i] + base; `by_row` counts units.
+// The sum over a tile of the weights that runs stand for. Its numbers are laid out as they come: see sum_place.
+template <class T>
+constexpr Index sum_length(Index rows, Index features) {
+    return turns_rows<T>(features) ? rows * padded_features<T>(features) : dot_length(rows, features);
+}
+template <class T>
+constexpr Index sum_place(Index o, Index i, Index features) {
+    return turns_rows<T>(features) ? o * padded_features<T>(features) + i : dot_place(o, i, features);
+}
+template <class T>
+void add_runs_up(const Run<T>& first, const Run<T>& second, T* c, const Workspace<T>& workspace) {
+    const Index features = first.r.features;
+    if (!turns_rows<T>(features)) {
+        Dots<T> d;
+        d.first = pair(first);
+        d.second = pair(second);
+        d.c = c;
+        d.add = true;
+        return dots<T>(first.l.features, features, d);
+    }
+    for (const Run<T>* run : {&first, &second})
+        if (run->l.columns) turned_sums<T>(run->l, run->r, c, padded_features<T>(features), 1, true, workspace);
+}
+
+// ---- one task's own weights: c[o][i] = alpha * sum over its rows of d[o] a[i] + base, a unit each
+
 template <class T, class Lanes>
 constexpr Index outer_workspace(Index features, Index columns) {
     return Lanes::tasks ? 0 : sum_workspace<T>(features, columns);
 }
-template <class T, class Lanes>
-void outer(const View<T>& d, const View<T>& a, T* c, Index by_row, T alpha, Base<T> base, const Workspace<T>& workspace) {
-    if constexpr (Lanes::tasks)
-        product<T>(d.features, a.features, d.columns, {d.p, d.by_feature, LANES<T>, true}, {a.p, LANES<T>, a.by_feature}, c,
-                   by_row * LANES<T>, alpha, base);
-    else
-        sums<T>(d, a, c, by_row, alpha, base.kind != Base<T>::nothing, workspace);  // there the base is c itself
+// d a^T as the sum of one product, where tasks are lanes.
+template <class T>
+Sum<T> outer(const View<T>& d, const View<T>& a) {
+    return {{d.p, d.by_feature, LANES<T>, true}, {a.p, LANES<T>, a.by_feature}, d.columns};
 }
-// The same for one o, added to row [I] of units.
+// The same where rows are lanes.
+template <class T>
+void outer_by_rows(const View<T>& d, const View<T>& a, T* c, Index by_row, T alpha, bool add, const Workspace<T>& workspace) {
+    if (turns_rows<T>(a.features)) return turned_sums<T>(d, a, c, by_row, alpha, add, workspace);
+    Dots<T> dot;
+    dot.first = {d.p, a.p, d.by_feature, a.by_feature, d.columns};
+    dot.c = c;
+    dot.c_by_a = by_row;
+    dot.alpha = alpha;
+    dot.add = add;
+    dots<T>(d.features, a.features, dot);
+}
+// alpha * l r^T for one o, added to row [I] of units.
 template <class T, class Lanes>
-void add_outer_row(const View<T>& d, Index o, const View<T>& a, T* row, T alpha) {
-    for (Index i = 0; i < a.features; ++i) {
+void add_outer_row(const Run<T>& run, Index o, T* row) {
+    for (Index i = 0; i < run.r.features; ++i) {
         Vec<T> sum{};
-        for (Index n = 0; n < a.numbers(); n += LANES<T>)
-            sum += load(d.p + o * d.by_feature + n) * load(a.p + i * a.by_feature + n);
+        for (Index n = 0; n < run.r.numbers(); n += LANES<T>)
+            sum += load(run.l.p + o * run.l.by_feature + n) * load(run.r.p + i * run.r.by_feature + n);
         if constexpr (Lanes::tasks)
-            store(row + i * LANES<T>, load(row + i * LANES<T>) + sum * alpha);
+            store(row + i * LANES<T>, load(row + i * LANES<T>) + sum * run.alpha);
         else
-            row[i] += alpha * lane_sum<T>(sum);
+            row[i] += run.alpha * lane_sum<T>(sum);
     }
 }
 
@@ -129,7 +191,8 @@ void column_sums(const View<T>& d, T* sums, bool add) {
     }
 }
 
-// What all forms of a linear layer have: the weights that the tasks share.
+// What all forms of a linear layer have: the weights that the tasks share, and the ReLUs beside the layer, which its products
+// do on the way.
 template <class T, class Lanes>
 class LinearStage : public Stage<T> {
    public:
@@ -137,18 +200,28 @@ class LinearStage : public Stage<T> {
 
     const Layer& layer;
     const Index O, I;
+    bool relu_before = false, relu_behind = false;
 
    protected:
+    Gate<T> value_gate() const { return relu_behind ? Gate<T>{Gate<T>::rectify, nullptr, 0} : Gate<T>{}; }
+    Gate<T> tangent_gate(Index k) const { return relu_behind ? mask_by(this->out->value[k]) : Gate<T>{}; }
+    Gate<T> cotangent_gate(Index k) const { return relu_before ? mask_by(this->in->value[k]) : Gate<T>{}; }
+
     Base<T> shared_bias() const {
         if (!layer.has_bias) return {};
         return {Base<T>::number, static_cast<const T*>(layer.bias), 1, 0};
     }
-    void times_shared(const View<T>& x, const View<T>& z, Base<T> base) const {
-        product<T>(O, x.columns, I, {static_cast<const T*>(layer.weight), I, 1, false}, columns_of(x), z.p, z.by_feature, 1,
-                   base);
-    }
-    void times_shared_transposed(const View<T>& d, const View<T>& dx) const {
-        product<T>(I, d.columns, O, {static_cast<const T*>(layer.weight), 1, I, false}, columns_of(d), dx.p, dx.by_feature);
+    Operand<T> shared_weight() const { return {static_cast<const T*>(layer.weight), I, 1, false}; }
+    Operand<T> shared_transposed() const { return {static_cast<const T*>(layer.weight), 1, I, false}; }
+
+    static void multiply(Operand<T> left, const View<T>& x, const View<T>& z, Base<T> base, Gate<T> gate) {
+        Product<T> p;
+        p.first = times<T>(left, x);
+        p.base = base;
+        p.gate = gate;
+        p.c = z.p;
+        p.c_by_a = z.by_feature;
+        product<T>(z.features, x.columns, p);
     }
 };
 
@@ -158,11 +231,20 @@ class SharedLinear final : public LinearStage<T, Lanes> {
    public:
     using LinearStage<T, Lanes>::LinearStage;
 
-    void forward(Index k) override { this->times_shared(this->in->value[k], this->out->value[k], this->shared_bias()); }
-    void backward(Index k) override { this->times_shared_transposed(this->out->cotangent[k], this->in->cotangent[k]); }
-    void tangent(Index k) override { this->times_shared(this->in->tangent[k], this->out->tangent[k], {}); }
+    void forward(Index k) override {
+        this->multiply(this->shared_weight(), this->in->value[k], this->out->value[k], this->shared_bias(),
+                       this->value_gate());
+    }
+    void backward(Index k) override {
+        this->multiply(this->shared_transposed(), this->out->cotangent[k], this->in->cotangent[k], {},
+                       this->cotangent_gate(k));
+    }
+    void tangent(Index k) override {
+        this->multiply(this->shared_weight(), this->in->tangent[k], this->out->tangent[k], {}, this->tangent_gate(k));
+    }
     void tangent_backward(Index k) override {
-        this->times_shared_transposed(this->out->t_cotangent[k], this->in->t_cotangent[k]);
+        this->multiply(this->shared_transposed(), this->out->t_cotangent[k], this->in->t_cotangent[k], {},
+                       this->cotangent_gate(k));
     }
 };
 

@@ -14,7 +14,7 @@ template <class T>
 struct Relu {
     static constexpr bool curved = false, from_output = true;
     Vec<T> value(Vec<T> x) const { return positive_part<T>(x); }
-    Vec<T> slope_times(Vec<T> y, Vec<T> v) const { return y <= Vec<T>{} ? Vec<T>{} : v; }
+    Vec<T> slope_times(Vec<T> y, Vec<T> v) const { return where_positive<T>(y, v); }
     Vec<T> curve(Vec<T>) const { return Vec<T>{}; }
     explicit Relu(const double*) {}
 };
@@ -138,7 +138,11 @@ template <class T>
 class PointwiseStage : public Stage<T> {
    public:
     virtual PointwiseTraits traits() const = 0;
-    virtual void allocate(Arena& arena, Index passes) = 0;  // kept apart: S, or 1 where nothing is kept; and the query
+    // `kept`: how many inner steps have memory of their own; the query has.
+    virtual void allocate(Arena& arena, Index kept) = 0;
+
+    // Whether the layers before and behind do its work (Tile::fuse).
+    bool forward_is_done = false, backward_is_done = false;
 };
 
 template <class T, class F>
@@ -163,6 +167,7 @@ class Pointwise final : public PointwiseStage<T> {
     }
 
     void forward(Index k) override {
+        if (this->forward_is_done) return;
         const View<T>&x = this->in->value[k], &y = this->out->value[k];
         each(y, [&](Index f, Index n) {
             const Vec<T> v = load(x.p + f * x.by_feature + n);
@@ -178,9 +183,14 @@ class Pointwise final : public PointwiseStage<T> {
             }
         });
     }
-    void backward(Index k) override { slope_times(k, this->out->cotangent[k], this->in->cotangent[k]); }
-    void tangent(Index k) override { slope_times(k, this->in->tangent[k], this->out->tangent[k]); }
+    void backward(Index k) override {
+        if (!this->backward_is_done) slope_times(k, this->out->cotangent[k], this->in->cotangent[k]);
+    }
+    void tangent(Index k) override {
+        if (!this->forward_is_done) slope_times(k, this->in->tangent[k], this->out->tangent[k]);
+    }
     void tangent_backward(Index k) override {
+        if (this->backward_is_done) return;
         const View<T>&t_dy = this->out->t_cotangent[k], &t_dx = this->in->t_cotangent[k];
         if constexpr (F::curved) {
             const View<T>&t_x = this->in->tangent[k], &dy = this->out->cotangent[k];
