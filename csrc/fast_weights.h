@@ -118,18 +118,23 @@ class FastLinear : public LinearStage<T, Lanes> {
     void descend_bias(Index k) {
         if (!layer.has_bias) return;
         T* next = biases[k + 1].p;
-        column_sums<T, Lanes>(out->cotangent[k], next, false);
         const T rate = bias_rate(k), *shared = static_cast<const T*>(layer.bias);
-        for (Index o = 0; o < O; ++o)
-            for (Index u = 0; u < U; ++u) {
-                T& b = next[o * U + u];
-                b = (k ? biases[k].p[o * U + u] : shared[o]) - rate * b;
-            }
+        for (Index o = 0; o < O; ++o) {
+            const Vec<T> sum = column_sum(out->cotangent[k], o);
+            if constexpr (Lanes::tasks)
+                store(next + o * U, (k ? load(biases[k].p + o * U) : all(shared[o])) - rate * sum);
+            else
+                next[o] = (k ? biases[k].p[o] : shared[o]) - rate * lane_sum<T>(sum);
+        }
     }
     void add_bias_gradient(T* sums) {
         if (!layer.has_bias) return;
-        for (Index o = 0; o < O; ++o)
-            for (Index u = 0; u < U; ++u) sums[o] += bias_adjoint[o * U + u];
+        for (Index o = 0; o < O; ++o) {
+            if constexpr (Lanes::tasks)
+                sums[o] += lane_sum<T>(load(bias_adjoint + o * U));
+            else
+                sums[o] += bias_adjoint[o];
+        }
     }
     static double lanes_in_double(Vec<T> v) {
         double sum = 0;

@@ -77,12 +77,12 @@ constexpr int most_a(int b) {
 }
 
 template <class T, int A, int B, bool VECTORS, bool CONTIGUOUS>
-MAML_FAST_INLINE void add_sum(const Sum<T>& sum, Vec<T> (&acc)[A][B]) {
+MAML_FAST_INLINE void add_sum(const Sum<T>& sum, Index a0, Index b0, Vec<T> (&acc)[A][B]) {
     const T *p[A], *q[B];
     MAML_FAST_UNROLL
-    for (int a = 0; a < A; ++a) p[a] = sum.left.p + a * sum.left.by_a;
+    for (int a = 0; a < A; ++a) p[a] = sum.left.p + (a0 + a) * sum.left.by_a;
     MAML_FAST_UNROLL
-    for (int b = 0; b < B; ++b) q[b] = sum.right.q + b * sum.right.by_b;
+    for (int b = 0; b < B; ++b) q[b] = sum.right.q + (b0 + b) * sum.right.by_b;
     Index at_p = 0, at_q = 0;
     for (Index k = 0; k < sum.terms; ++k, at_p += sum.left.by_k, at_q += sum.right.by_k) {
         Vec<T> y[B];
@@ -106,34 +106,36 @@ MAML_FAST_INLINE void each(Visit visit) {
     }
 }
 
+// Rows a0 .. a0 + A - 1 of columns b0 .. b0 + B - 1.
 template <class T, int A, int B, bool VECTORS, bool CONTIGUOUS>
-__attribute__((noinline)) void product_block(const Product<T>& g) {
+__attribute__((noinline)) void product_block(const Product<T>& g, Index a0, Index b0) {
     Vec<T> acc[A][B];
     each<A, B>([&](int a, int b) { acc[a][b] = Vec<T>{}; });
-    add_sum<T, A, B, VECTORS, CONTIGUOUS>(g.first, acc);
+    add_sum<T, A, B, VECTORS, CONTIGUOUS>(g.first, a0, b0, acc);
     // Each case is straight code of its own, or the compiler would put what has been summed aside.
+    const T* base = g.base.p + a0 * g.base.by_a + b0 * g.base.by_b;
     if (g.base.kind == Base<T>::nothing) {
         each<A, B>([&](int a, int b) { acc[a][b] *= g.alpha; });
     } else if (g.base.kind == Base<T>::vector) {
         each<A, B>([&](int a, int b) {
-            acc[a][b] = acc[a][b] * g.alpha + load(g.base.p + a * g.base.by_a + b * g.base.by_b) * g.base.beta;
+            acc[a][b] = acc[a][b] * g.alpha + load(base + a * g.base.by_a + b * g.base.by_b) * g.base.beta;
         });
     } else {
         each<A, B>([&](int a, int b) {
-            acc[a][b] = acc[a][b] * g.alpha + all(g.base.p[a * g.base.by_a + b * g.base.by_b] * g.base.beta);
+            acc[a][b] = acc[a][b] * g.alpha + all(base[a * g.base.by_a + b * g.base.by_b] * g.base.beta);
         });
     }
-    if (g.second.terms) add_sum<T, A, B, VECTORS, CONTIGUOUS>(g.second, acc);
-    T* const c = g.c;
+    if (g.second.terms) add_sum<T, A, B, VECTORS, CONTIGUOUS>(g.second, a0, b0, acc);
     const Index by_a = g.c_by_a;
+    T* const c = g.c + a0 * by_a + b0 * LANES<T>;
     if (g.gate.kind == Gate<T>::open) {
         each<A, B>([&](int a, int b) { store(c + a * by_a + b * LANES<T>, acc[a][b]); });
     } else if (g.gate.kind == Gate<T>::rectify) {
         each<A, B>([&](int a, int b) { store(c + a * by_a + b * LANES<T>, positive_part<T>(acc[a][b])); });
     } else {
+        const T* y = g.gate.y + a0 * g.gate.by_a + b0 * LANES<T>;
         each<A, B>([&](int a, int b) {
-            const Vec<T> y = load(g.gate.y + a * g.gate.by_a + b * LANES<T>);
-            store(c + a * by_a + b * LANES<T>, where_positive<T>(y, acc[a][b]));
+            store(c + a * by_a + b * LANES<T>, where_positive<T>(load(y + a * g.gate.by_a + b * LANES<T>), acc[a][b]));
         });
     }
 }
@@ -141,7 +143,7 @@ __attribute__((noinline)) void product_block(const Product<T>& g) {
 // The instances for 1 .. MOST rows, by number of rows.
 template <class T, int B, bool VECTORS, bool CONTIGUOUS>
 struct Blocks {
-    using Block = void (*)(const Product<T>&);
+    using Block = void (*)(const Product<T>&, Index, Index);
     static constexpr int MOST = most_a(B);
     Block of[MOST + 1];
     template <int... A>
@@ -150,50 +152,32 @@ struct Blocks {
 template <class T, int B, bool VECTORS, bool CONTIGUOUS>
 constexpr Blocks<T, B, VECTORS, CONTIGUOUS> BLOCKS{typename CountTo<most_a(B)>::type{}};
 
-template <class T>
-MAML_FAST_INLINE void step_rows(Product<T>& g, Index a) {
-    g.first.left.p += a * g.first.left.by_a;
-    g.second.left.p += a * g.second.left.by_a;
-    g.base.p += a * g.base.by_a;
-    g.gate.y += a * g.gate.by_a;
-    g.c += a * g.c_by_a;
-}
-template <class T>
-MAML_FAST_INLINE void step_columns(Product<T>& g, Index b) {
-    g.first.right.q += b * g.first.right.by_b;
-    g.second.right.q += b * g.second.right.by_b;
-    g.base.p += b * g.base.by_b;
-    if (g.gate.y) g.gate.y += b * LANES<T>;
-    g.c += b * LANES<T>;
-}
-
 // All rows of B columns. Rows are cut into blocks of even size: a last block of one or two would wait for its own sums.
 template <class T, int B, bool VECTORS, bool CONTIGUOUS>
-void product_columns(Index rows, Product<T> g) {
-    Index blocks = ceil_div(rows, most_a(B));
-    while (rows > 0) {
-        const Index a = ceil_div(rows, blocks--);
-        BLOCKS<T, B, VECTORS, CONTIGUOUS>.of[a](g);
-        step_rows(g, a);
-        rows -= a;
+void product_columns(Index rows, const Product<T>& g, Index b0) {
+    Index a0 = 0;
+    for (Index blocks = ceil_div(rows, most_a(B)); blocks > 0; --blocks) {
+        const Index a = ceil_div(rows - a0, blocks);
+        BLOCKS<T, B, VECTORS, CONTIGUOUS>.of[a](g, a0, b0);
+        a0 += a;
     }
 }
 
+// Columns outside: they stay near while weights pass by.
 template <class T, bool VECTORS, bool CONTIGUOUS>
-void product_of(Index rows, Index columns, Product<T> g) {
-    Index blocks = ceil_div(columns, MOST_B);
-    while (columns > 0) {
-        const Index b = ceil_div(columns, blocks--);
+void product_of(Index rows, Index columns, const Product<T>& g) {
+    Index b0 = 0;
+    for (Index blocks = ceil_div(columns, MOST_B); blocks > 0; --blocks) {
+        const Index b = ceil_div(columns - b0, blocks);
         switch (b) {
-            case 1: product_columns<T, 1, VECTORS, CONTIGUOUS>(rows, g); break;
-            case 2: product_columns<T, 2, VECTORS, CONTIGUOUS>(rows, g); break;
-            case 3: product_columns<T, 3, VECTORS, CONTIGUOUS>(rows, g); break;
-            case 4: product_columns<T, 4, VECTORS, CONTIGUOUS>(rows, g); break;
+            case 1: product_columns<T, 1, VECTORS, CONTIGUOUS>(rows, g, b0); break;
+            case 2: product_columns<T, 2, VECTORS, CONTIGUOUS>(rows, g, b0); break;
+            case 3: product_columns<T, 3, VECTORS, CONTIGUOUS>(rows, g, b0); break;
+            case 4: product_columns<T, 4, VECTORS, CONTIGUOUS>(rows, g, b0); break;
             default:
-                if constexpr (MOST_B == 5) product_columns<T, 5, VECTORS, CONTIGUOUS>(rows, g);
+                if constexpr (MOST_B == 5) product_columns<T, 5, VECTORS, CONTIGUOUS>(rows, g, b0);
         }
-        step_columns(g, b);
-        columns -= b;
+        b0 += b;
     }
 }
 

@@ -124,6 +124,7 @@ class Tile {
     bool second_order() const { return program_.gradient && !program_.first_order; }
 
     void allocate(Arena& arena) {
+        for (const auto& stage : stages_) fast_at_.push_back({dynamic_cast<FastLinear<T, Lanes>*>(stage.get())});
         kept_ = keeps_steps() ? S : smaller<Index>(S, 1);
         fuse();
         allocate_prelude(arena);
@@ -408,7 +409,7 @@ class Tile {
         loss_->tangent(passes_[k], out.tangent[k], out.t_cotangent[k]);
         for (Index i = last() - 1; i >= 0; --i) {
             stages_[i]->tangent_backward(k);
-            if (auto* layer = dynamic_cast<FastLinear<T, Lanes>*>(stages_[i].get())) layer->pull_back(k);
+            if (FastLinear<T, Lanes>* layer = fast_at_[i].layer) layer->pull_back(k);
         }
     }
 
@@ -434,7 +435,11 @@ class Tile {
     const Index S;
     Workspace<T> workspace_;
     std::vector<std::unique_ptr<Stage<T>>> prelude_, stages_;
+    struct Fast {
+        FastLinear<T, Lanes>* layer;
+    };
     std::vector<FastLinear<T, Lanes>*> fast_;  // those of stages_ that adapt
+    std::vector<Fast> fast_at_;                // by stage, null where it does not
     std::vector<Edge<T>> prelude_edges_, edges_;
     std::unique_ptr<Loss<T>> loss_;
     std::vector<Pass> passes_;  // [S + 1]

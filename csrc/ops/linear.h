@@ -176,12 +176,24 @@ void add_outer_row(const Run<T>& run, Index o, T* row) {
     }
 }
 
+// The sum of d[o] over columns.
+template <class T>
+MAML_FAST_INLINE Vec<T> column_sum(const View<T>& d, Index o) {
+    const T* p = d.p + o * d.by_feature;
+    Vec<T> even{}, odd{};
+    Index n = 0;
+    for (; n + 2 <= d.columns; n += 2) {
+        even += load(p + n * LANES<T>);
+        odd += load(p + (n + 1) * LANES<T>);
+    }
+    if (n < d.columns) even += load(p + n * LANES<T>);
+    return even + odd;
+}
 // sums[o], a unit each: the sum of a task's rows of d[o].
 template <class T, class Lanes>
 void column_sums(const View<T>& d, T* sums, bool add) {
     for (Index o = 0; o < d.features; ++o) {
-        Vec<T> sum{};
-        for (Index n = 0; n < d.numbers(); n += LANES<T>) sum += load(d.p + o * d.by_feature + n);
+        const Vec<T> sum = column_sum(d, o);
         if constexpr (Lanes::tasks) {
             T* at = sums + o * LANES<T>;
             store(at, add ? load(at) + sum : sum);
