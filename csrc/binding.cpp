@@ -7,7 +7,6 @@
 #include <stdexcept>
 
 #include "cpu_features.h"
-#include "pool.h"
 #include "prepared.h"
 
 namespace nb = nanobind;
@@ -112,27 +111,10 @@ struct Builder {
 // weight's and its bias's, empty for what does not adapt.
 constexpr std::size_t OF_DATA = 7, OF_LAYER = 7;
 
-void run(Prepared& prepared, std::int64_t tasks, const std::vector<Address>& addresses,
+bool run(Prepared& prepared, std::int64_t tasks, const std::vector<Address>& addresses,
          const std::vector<std::pair<Rates, Rates>>& rates, int threads) {
-    std::vector<Layer> layers = prepared.layers();
-    std::size_t linear = 0;
-    for (Layer& layer : layers) {
-        if (layer.kind != Kind::linear) continue;
-        const std::size_t first = OF_DATA + OF_LAYER * linear;
-        if (first + OF_LAYER > addresses.size() || linear >= rates.size())
-            throw std::invalid_argument("fewer addresses or rates than linear layers");
-        const Address* a = addresses.data() + first;
-        layer.weight = at(a[0]);
-        layer.bias = at(a[1]);
-        layer.weight_gradient = at<void>(a[2]);
-        layer.bias_gradient = at<void>(a[3]);
-        layer.rate_gradients = at<double>(a[4]);
-        layer.adapted_weight = at<void>(a[5]);
-        layer.adapted_bias = at<void>(a[6]);
-        std::tie(layer.weight_rates, layer.bias_rates) = rates[linear++];
-    }
-    if (addresses.size() != OF_DATA + OF_LAYER * linear || rates.size() != linear)
-        throw std::invalid_argument("more addresses or rates than linear layers");
+    if (addresses.size() != OF_DATA + OF_LAYER * prepared.linear_layers() || rates.size() != prepared.linear_layers())
+        throw std::invalid_argument("addresses or rates do not fit the number of linear layers");
     TaskData data;
     data.tasks = tasks;
     data.support_x = at(addresses[0]);
@@ -142,8 +124,26 @@ void run(Prepared& prepared, std::int64_t tasks, const std::vector<Address>& add
     data.task_losses = at<void>(addresses[4]);
     data.support_losses = at<void>(addresses[5]);
     data.query_outputs = at<void>(addresses[6]);
+    const auto fill = [&](std::vector<Layer>& layers) {
+        const Address* a = addresses.data() + OF_DATA;
+        auto rate = rates.begin();
+        for (Layer& layer : layers) {
+            if (layer.kind != Kind::linear) continue;
+            layer.weight = at(a[0]);
+            layer.bias = at(a[1]);
+            layer.weight_gradient = at<void>(a[2]);
+            layer.bias_gradient = at<void>(a[3]);
+            layer.rate_gradients = at<double>(a[4]);
+            layer.adapted_weight = at<void>(a[5]);
+            layer.adapted_bias = at<void>(a[6]);
+            a += OF_LAYER;
+            layer.weight_rates = rate->first;
+            layer.bias_rates = rate->second;
+            ++rate;
+        }
+    };
     const nb::gil_scoped_release released;
-    prepared.run(layers, data, threads);
+    return prepared.run(fill, data, threads);
 }
 
 nb::dict sizes(const Prepared& prepared, std::int64_t tasks) {

@@ -89,7 +89,9 @@ class FastLinear : public LinearStage<T, Lanes> {
         for (Index i = 0; i < O * U; ++i) by_bias[k] -= static_cast<double>(sums[i]) * bias_adjoint[i];
     }
 
-    const T* adapted_bias() const { return biases[S].p; }
+    T adapted_bias(Index o, Index unit) const {
+        return S ? biases[S].p[o * U + unit] : static_cast<const T*>(layer.bias)[o];
+    }
 
     const bool first;  // its input is the data, which no tangent and no cotangent concerns
 
@@ -135,6 +137,11 @@ class FastLinear : public LinearStage<T, Lanes> {
             else
                 sums[o] += bias_adjoint[o];
         }
+    }
+    // Row o of the weights before any step, for each task.
+    void shared_row(Index o, T* row) const {
+        const T* shared = static_cast<const T*>(layer.weight) + o * I;
+        for (Index i = 0; i < I * U; ++i) row[i] = shared[i / U];
     }
     static double lanes_in_double(Vec<T> v) {
         double sum = 0;
@@ -232,7 +239,12 @@ class DenseLinear final : public FastLinear<T, Lanes> {
     Index sum_length() const override { return O * I; }
     Index sum_place(Index o, Index i) const override { return o * I + i; }
     Index sum_run(Index i) const override { return I - i; }
-    void adapted_row(Index o, T* row) override { std::memcpy(row, weights[S].p + o * stride() * U, I * U * sizeof(T)); }
+    void adapted_row(Index o, T* row) override {
+        if (S)
+            std::memcpy(row, weights[S].p + o * stride() * U, I * U * sizeof(T));
+        else
+            this->shared_row(o, row);
+    }
 
    protected:
     void times(Index k, const View<T>& x, const View<T>& z, Base<T> base, Gate<T> gate) override {
@@ -334,8 +346,7 @@ class FactoredLinear final : public FastLinear<T, Lanes> {
         add_runs_up<T>(adjoint_recent(1), adjoint_earlier(1), weight, this->workspace);
     }
     void adapted_row(Index o, T* row) override {
-        const T* shared = static_cast<const T*>(this->layer.weight) + o * I;
-        for (Index i = 0; i < I * Lanes::unit; ++i) row[i] = shared[i / Lanes::unit];
+        this->shared_row(o, row);
         for (Index k = 0; k < S; ++k)
             add_outer_row<T, Lanes>({out->cotangent[k], in->value[k], -this->weight_rate(k)}, o, row);
     }
@@ -473,8 +484,7 @@ class FactoredInput final : public FastLinear<T, Lanes> {
         add_runs_up<T>({out->cotangent[S], in->value[S], 1}, summed, weight, this->workspace);
     }
     void adapted_row(Index o, T* row) override {
-        const T* shared = static_cast<const T*>(this->layer.weight) + o * I;
-        for (Index i = 0; i < I * U; ++i) row[i] = shared[i / U];
+        this->shared_row(o, row);
         if (S) add_outer_row<T, Lanes>({moved, in->value[0], 1}, o, row);
     }
 

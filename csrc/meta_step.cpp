@@ -63,12 +63,14 @@ class ProgramSession final : public Session {
         const TaskData* data;
         Index chunks, tiles;
         std::atomic<Index> next{0}, next_row{0};
-        std::atomic<bool> failed{false};
+        std::atomic<bool> failed{false}, finite{true};
         std::vector<Rows> sum_rows;  // of each layer that adapts
     };
 
    public:
-    explicit ProgramSession(const Program& program) : program_(program), blueprint_(new TileOf(program, counted_)) {}
+    explicit ProgramSession(const Program& program) : program_(program), blueprint_(new TileOf(program, counted_)) {
+        partial_bytes_ = rate_bytes() + ceil_div(blueprint_->sum_numbers() * static_cast<Index>(sizeof(T)), 64) * 64;
+    }
 
     Sizes sizes(Index tasks) const override {
         Sizes found;
@@ -81,7 +83,7 @@ class ProgramSession final : public Session {
         return found;
     }
 
-    void run(const TaskData& data, Pool& pool, int threads) override {
+    bool run(const TaskData& data, Pool& pool, int threads) override {
         Job job;
         job.self = this;
         job.data = &data;
@@ -93,6 +95,7 @@ class ProgramSession final : public Session {
         if (!job.failed && program_.gradient) add_up(job, pool, threads);
         tidy();
         if (job.failed) throw std::bad_alloc();
+        return job.finite && finite_losses(data);
     }
 
    private:
@@ -125,9 +128,7 @@ class ProgramSession final : public Session {
     // ---- partial sums: doubles of the rates first, then numbers
 
     Index rate_bytes() const { return ceil_div(blueprint_->rate_numbers() * 8, 64) * 64; }
-    Index partial_bytes() const {
-        return rate_bytes() + ceil_div(blueprint_->sum_numbers() * static_cast<Index>(sizeof(T)), 64) * 64;
-    }
+    Index partial_bytes() const { return partial_bytes_; }
     Partial<T> partial(Index chunk) const {
         char* p = partials_.p + chunk * partial_bytes();
         return {reinterpret_cast<T*>(p + rate_bytes()), reinterpret_cast<double*>(p)};
@@ -155,29 +156,49 @@ class ProgramSession final : public Session {
             std::size_t which = 0;
             for (Index r = row; r < end; ++r) {
                 while (r >= job.sum_rows[which + 1].begin) ++which;
-                job.self->add_up_row(job, places[which], r - job.sum_rows[which].begin);
+                if (!job.self->add_up_row(job, places[which], r - job.sum_rows[which].begin)) job.finite = false;
             }
         }
     }
-    void add_up_row(const Job& job, const typename TileOf::Place& place, Index o) const {
+    bool add_up_row(const Job& job, const typename TileOf::Place& place, Index o) const {
         const FastLinear<T, Lanes>& layer = *place.layer;
-        T* weight = static_cast<T*>(layer.layer.weight_gradient);
-        T* bias = static_cast<T*>(layer.layer.bias_gradient);
-        for (Index chunk = 0; chunk < job.chunks; ++chunk) {
-            const T* from = partial(chunk).numbers;
-            if (weight) {
-                T* to = weight + o * layer.I;
-                for (Index i = 0; i < layer.I;) {
-                    // as far as the numbers lie in a row
-                    const Index at = layer.sum_place(o, i), run = layer.sum_run(i);
-                    for (Index j = 0; j < run; ++j) to[i + j] = (chunk ? to[i + j] : T(0)) + from[place.weight + at + j];
-                    i += run;
-                }
+        bool all_finite = true;
+        if (T* to = static_cast<T*>(layer.layer.weight_gradient)) {
+            to += o * layer.I;
+            for (Index i = 0; i < layer.I;) {
+                // as far as the numbers lie in a row
+                const Index run = layer.sum_run(i);
+                sum(job, place.weight + layer.sum_place(o, i), run, to + i);
+                i += run;
             }
-            if (bias) bias[o] = (chunk ? bias[o] : T(0)) + from[place.bias + o];
+            all_finite = finite(to, layer.I);
+        }
+        if (T* to = static_cast<T*>(layer.layer.bias_gradient)) {
+            sum(job, place.bias + o, 1, to + o);
+            all_finite = all_finite && finite(to + o, 1);
+        }
+        return all_finite;
+    }
+    void sum(const Job& job, Index at, Index count, T* to) const {
+        const T* from = partial(0).numbers + at;
+        const Index stride = partial_bytes_ / static_cast<Index>(sizeof(T));
+        for (Index i = 0; i < count; ++i) {
+            T total = from[i];
+            for (Index chunk = 1; chunk < job.chunks; ++chunk) total += from[chunk * stride + i];
+            to[i] = total;
         }
     }
-    void add_up_rates(const Job& job) const {
+    // x - x is 0 unless x is infinite or NaN.
+    static bool finite(const T* p, Index count) {
+        T sum = 0;
+        for (Index i = 0; i < count; ++i) sum += p[i] - p[i];
+        return sum == 0;
+    }
+    bool finite_losses(const TaskData& data) const {
+        return finite(static_cast<const T*>(data.support_losses), data.tasks * program_.steps) &&
+               (!data.query_y || finite(static_cast<const T*>(data.task_losses), data.tasks));
+    }
+    void add_up_rates(Job& job) const {
         Index at = 0;
         for (const auto& place : blueprint_->places()) {
             if (double* to = place.layer->layer.rate_gradients)
@@ -185,6 +206,7 @@ class ProgramSession final : public Session {
                     double total = 0;
                     for (Index chunk = 0; chunk < job.chunks; ++chunk) total += partial(chunk).rates[at + i];
                     to[i] = total;
+                    if (total - total != 0) job.finite = false;
                 }
             at += 2 * program_.steps;
         }
@@ -222,6 +244,7 @@ class ProgramSession final : public Session {
     std::mutex keeping_;
     std::vector<std::unique_ptr<Worker>> idle_;
     Block partials_;
+    Index partial_bytes_;
 };
 
 template <class T>

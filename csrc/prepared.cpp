@@ -2,8 +2,6 @@
 
 #include <stdexcept>
 
-#include "pool.h"
-
 namespace maml_fast {
 
 const Engine& engine_named(const std::string& instruction_set) {
@@ -24,13 +22,6 @@ Prepared::Prepared(Program program, const std::string& instruction_set, bool dou
       age_(Pool::process_age()),
       running_(new std::mutex()),
       session_(engine_.open(*program_, doubles)) {}
-
-void Prepared::run(const std::vector<Layer>& layers, const TaskData& data, int threads) {
-    if (age_ != Pool::process_age()) start_anew();
-    const std::lock_guard<std::mutex> lock(*running_);
-    program_->layers = layers;
-    session_->run(data, Pool::of_process(), threads);
-}
 
 // Whoever held the lock or was changing the memory may not exist in this process: both are left where they are.
 void Prepared::start_anew() {

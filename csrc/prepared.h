@@ -5,6 +5,7 @@
 #include <mutex>
 #include <string>
 
+#include "pool.h"
 #include "program.h"
 
 namespace maml_fast {
@@ -17,11 +18,21 @@ class Prepared {
     const Engine& engine() const { return engine_; }
     Sizes sizes(std::int64_t tasks) const { return session_->sizes(tasks); }
 
-    // The pointers and rates of `layers` are taken over for this call. Safe from several threads: one runs, others wait. In the
-    // child of a fork it begins with new memory and threads.
-    void run(const std::vector<Layer>& layers, const TaskData& data, int threads);
+    // `fill` puts this call's pointers and rates into the layers. Safe from several threads: one runs, others wait. In the child
+    // of a fork it begins with new memory and threads. Returns whether all losses and gradients are finite.
+    template <class Fill>
+    bool run(const Fill& fill, const TaskData& data, int threads) {
+        if (age_ != Pool::process_age()) start_anew();
+        const std::lock_guard<std::mutex> lock(*running_);
+        fill(program_->layers);
+        return session_->run(data, Pool::of_process(), threads);
+    }
 
-    const std::vector<Layer>& layers() const { return program_->layers; }
+    std::size_t linear_layers() const {
+        std::size_t count = 0;
+        for (const Layer& layer : program_->layers) count += layer.kind == Kind::linear;
+        return count;
+    }
 
    private:
     void start_anew();

@@ -83,7 +83,8 @@ class Session {
    public:
     virtual ~Session() = default;
     virtual Sizes sizes(std::int64_t tasks) const = 0;
-    virtual void run(const TaskData& data, Pool& pool, int threads) = 0;  // throws std::bad_alloc
+    // Whether all losses and gradients are finite. Throws std::bad_alloc.
+    virtual bool run(const TaskData& data, Pool& pool, int threads) = 0;
 };
 
 // What is compiled once for each instruction set.

@@ -427,7 +427,7 @@ class Tile {
             if (T* to = static_cast<T*>(layer->layer.adapted_bias))
                 for (Index o = 0; o < O; ++o)
                     for (Index j = 0; j < count; ++j)
-                        to[(first + j) * O + o] = layer->adapted_bias()[o * Lanes::unit + j];
+                        to[(first + j) * O + o] = layer->adapted_bias(o, j);
         }
     }
 

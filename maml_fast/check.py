@@ -73,7 +73,8 @@ def check(
     correct programs and show as 1e-5 to 1e-3.
     """
     batch = TaskBatch(support_x, support_y, query_x, query_y)
-    plan, problem = maml._prepare(batch, maml.inner_steps)
+    planned, problem = maml._prepare(batch, maml.inner_steps)
+    plan = planned.plan
     gradient = bool(problem.adapting)
     with torch.no_grad():
         ours = meta_step.run(plan, problem, batch, gradient)

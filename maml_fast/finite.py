@@ -17,6 +17,8 @@ SHOWN = 8
 
 def check_finite(plan: Plan, problem: Problem, batch: TaskBatch, outcome: Outcome) -> None:
     """Raises NonFiniteError naming the tasks whose losses, or whose gradients, are not finite."""
+    if outcome.finite:
+        return
     found = [outcome.task_losses.detach(), outcome.support_losses.detach()]
     found += (outcome.gradients or {}).values()
     found += (outcome.rate_gradients or {}).values()

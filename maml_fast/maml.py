@@ -21,10 +21,13 @@ from maml_fast.finite import check_finite, check_losses
 from maml_fast.inputs import check_batch, check_classes, check_query, check_targets
 from maml_fast.losses import LOSSES
 from maml_fast.plan import BACKENDS, FAST_WEIGHTS, Asked, Plan
-from maml_fast.planner import Planner
-from maml_fast.problem import AdaptedTasks, Loss, Outcome, Problem, TaskBatch
+from maml_fast.planner import Planned, Planner
+from maml_fast.problem import AdaptedTasks, FlatGradients, Loss, Outcome, Problem, TaskBatch
 from maml_fast.rates import InnerRates, Rate
 from maml_fast.surroundings import plain, recordable, using
+from maml_fast.trace import signature
+
+PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 @dataclass
@@ -162,32 +165,64 @@ class MAML(nn.Module):
         gradient is NaN or infinite, UnsupportedModelError where the backend cannot run the model.
         """
         batch = TaskBatch(*map(recordable, (support_x, support_y, query_x, query_y)))
-        plan, problem = self._prepare(batch, self.inner_steps)
-        named = dict(self.model.named_parameters())
-        parameters = [named[name] for name in problem.adapting]
-        learning = self.rates.learning()
-        gradient = torch.is_grad_enabled() and bool(parameters)
-
-        def run() -> tuple[Outcome, list[Tensor]]:
-            with using(self.model, plan), plain(support_x.device.type):
-                outcome = meta_step.run(plan, problem, batch, gradient)
-                check_finite(plan, problem, batch, outcome)
-            if outcome.gradients is None or outcome.rate_gradients is None:
-                return outcome, []
-            found = [outcome.gradients[name] for name in problem.adapting]
-            found += self.rates.gather(outcome.rate_gradients)
-            if self.reduction == "mean":
-                torch._foreach_div_(found, batch.tasks)
-            return outcome, found
-
-        if gradient:
-            loss, *rest = _MetaStep.apply(run, self.reduction, *parameters, *learning)
+        planned, problem = self._prepare(batch, self.inner_steps, detached=False)
+        if not (torch.is_grad_enabled() and planned.adapting):
+            outcome = self._run(planned.plan, problem, batch, False)
+            loss = _reduce(outcome.task_losses, self.reduction)
+            rest = outcome.task_losses, outcome.support_losses, outcome.query_outputs
             return MetaStepResult(loss, *rest)
-        outcome, _ = run()
-        loss = _reduce(outcome.task_losses, self.reduction)
-        return MetaStepResult(
-            loss, outcome.task_losses, outcome.support_losses, outcome.query_outputs
-        )
+
+        def run() -> tuple[Outcome, Mapping[str, Tensor], list[Tensor]]:
+            return self._run_with_gradients(planned.plan, problem, batch)
+
+        inputs = (*planned.adapting, *self.rates.learning())
+        return MetaStepResult(*_MetaStep.apply(run, self.reduction, *inputs))
+
+    @torch.compiler.disable
+    def value_and_grad(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> tuple[MetaStepResult, dict[str, Tensor]]:
+        """The meta-step and its gradient at once, without a graph: `loss` cannot be differentiated.
+
+        The gradients of the module's own parameters (`maml.parameters()`: the model's that require
+        grad, and learnable rates) are returned by the names of `maml.named_parameters()`, and no
+        `.grad` is touched. The same numbers as by `forward` and `loss.backward()`, without
+        autograd's time for it, which counts where tasks are few. Raises as `forward` does.
+        """
+        with torch.no_grad():
+            batch = TaskBatch(*map(recordable, (support_x, support_y, query_x, query_y)))
+            planned, problem = self._prepare(batch, self.inner_steps, detached=False)
+            outcome, found, rates = self._run_with_gradients(planned.plan, problem, batch)
+            loss = _reduce(outcome.task_losses, self.reduction)
+        gradients = {f"model.{name}": gradient for name, gradient in found.items()}
+        if rates:
+            owned = {id(p): name for name, p in self.named_parameters()}
+            for rate, gradient in zip(self.rates.learning(), rates, strict=True):
+                if name := owned.get(id(rate)):
+                    gradients[name] = gradient
+        rest = outcome.task_losses, outcome.support_losses, outcome.query_outputs
+        return MetaStepResult(loss, *rest), gradients
+
+    def _run(self, plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:
+        with using(self.model, plan), plain(batch.support_x.device.type, plan.backend):
+            outcome = meta_step.run(plan, problem, batch, gradient)
+            if not outcome.finite:
+                check_finite(plan, problem, batch, outcome)
+        return outcome
+
+    def _run_with_gradients(
+        self, plan: Plan, problem: Problem, batch: TaskBatch
+    ) -> tuple[Outcome, Mapping[str, Tensor], list[Tensor]]:
+        """The gradients of parameters by name, and of `rates.learning()`, reduced over tasks."""
+        outcome = self._run(plan, problem, batch, gradient=True)
+        found, by_rate = outcome.gradients, outcome.rate_gradients
+        assert found is not None and by_rate is not None
+        rates = self.rates.gather(by_rate) if by_rate else []
+        if self.reduction == "mean":
+            whole = [found.flat] if isinstance(found, FlatGradients) else list(found.values())
+            if whole or rates:
+                torch._foreach_div_(whole + rates, batch.tasks)
+        return outcome, found, rates
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -203,7 +238,8 @@ class MAML(nn.Module):
         _check_count("inner_steps", steps, least=0)
         x, y = recordable(support_x), recordable(support_y)
         batch = TaskBatch(x, y, x, y)
-        plan, problem = self._prepare(batch, steps)
+        planned, problem = self._prepare(batch, steps)
+        plan = planned.plan
         with using(self.model, plan), plain(x.device.type):
             # Copies: what was adapted stays, whatever becomes of the model and of the data.
             own = {name: p.clone() for name, p in problem.parameters.items()}
@@ -227,24 +263,51 @@ class MAML(nn.Module):
                     torch.zeros_like(out).expand(len(x), *out.shape) for out in planned.outputs
                 ]
                 stand_in = TaskBatch(x, zeros[0], q, zeros[1])
-                problem = dataclasses.replace(self._problem(self.inner_steps), loss="mse")
+                problem = self._problem(self.inner_steps, planned)
+                problem = dataclasses.replace(problem, loss="mse")
                 sure = planned.try_out(problem, stand_in)
                 planned.sure = sure and isinstance(self.loss, str)
         return planned.plan
 
-    def _prepare(self, batch: TaskBatch, inner_steps: int) -> tuple[Plan, Problem]:
+    def _prepare(
+        self, batch: TaskBatch, inner_steps: int, detached: bool = True
+    ) -> tuple[Planned, Problem]:
+        """The checked call's plan, and its problem. Not `detached`: where the backend reads no more
+        than the parameters' memory, they are handed over as they are."""
         self._check_options()
+        call = self._call(batch, inner_steps)
+        planned = self._planner.recall(call)
+        if planned is not None:
+            if self.loss == "cross_entropy":
+                check_classes(batch, planned.outputs[1].shape[-1])
+            detached = detached or planned.plan.backend != "cpu"
+            return planned, self._problem(inner_steps, planned, detached)
         check_batch(batch, next(self.model.parameters(), None))
         with using(self.model), plain(batch.support_x.device.type):
-            planned = self._planner.plan_for(self.model, self.loss, self._asked(inner_steps), batch)
+            asked = self._asked(inner_steps)
+            planned = self._planner.plan_for(self.model, self.loss, asked, batch)
             check_targets("support_y", batch.support_y, planned.outputs[0], self.loss)
             check_targets("query_y", batch.query_y, planned.outputs[1], self.loss)
             if self.loss == "cross_entropy":
                 check_classes(batch, planned.outputs[1].shape[-1])
-            problem = self._problem(inner_steps)
+            problem = self._problem(inner_steps, planned)
             if not planned.sure:
                 planned.sure = planned.try_out(problem, batch)
-        return planned.plan, problem
+            if planned.sure:
+                self._planner.remember(call, planned)
+        return planned, problem
+
+    def _call(self, batch: TaskBatch, inner_steps: int) -> tuple[Any, ...] | None:
+        """All that `check_batch`, `check_targets` and a plan depend on: a call that was right once
+        is not looked at again."""
+        if not all(type(tensor) in PLAIN_TENSORS for tensor in batch):
+            return None
+        return (
+            *((t.shape, t.dtype, t.device, t.layout, t.requires_grad) for t in batch),
+            torch.is_grad_enabled(),
+            self._asked(inner_steps),
+            signature(self.model),
+        )
 
     def _asked(self, inner_steps: int) -> Asked:
         return Asked(
@@ -256,17 +319,16 @@ class MAML(nn.Module):
             self.chunk_size,
         )
 
-    def _problem(self, inner_steps: int) -> Problem:
-        parameters = dict(self.model.named_parameters())
-        adapting = [name for name, p in parameters.items() if p.requires_grad]
-        dtype = next((p.dtype for p in parameters.values()), torch.float64)
+    def _problem(self, inner_steps: int, planned: Planned, detached: bool = True) -> Problem:
+        named = planned.named
+        dtype = next((p.dtype for p in named.values()), torch.float64)
         return Problem(
             model=self.model,
-            parameters={name: p.detach() for name, p in parameters.items()},
+            parameters={name: p.detach() for name, p in named.items()} if detached else named,
             loss=self.loss,
             inner_steps=inner_steps,
             first_order=self.first_order,
-            rates=self.rates.table(adapting, inner_steps, dtype),
+            rates=self.rates.table(planned.adapting_names, inner_steps, dtype),
         )
 
 
@@ -276,12 +338,17 @@ class _MetaStep(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        run: Callable[[], tuple[Outcome, list[Tensor]]],
+        run: Callable[[], tuple[Outcome, Mapping[str, Tensor], list[Tensor]]],
         reduction: str,
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        outcome, gradients = run()
-        ctx.save_for_backward(*gradients)
+        outcome, found, rates = run()
+        if isinstance(found, FlatGradients):
+            ctx.like = found.like
+            ctx.save_for_backward(found.flat, *rates)
+        else:
+            ctx.like = None
+            ctx.save_for_backward(*found.values(), *rates)
         rest = (outcome.task_losses, outcome.support_losses, outcome.query_outputs)
         ctx.mark_non_differentiable(*rest)
         return _reduce(outcome.task_losses, reduction), *rest
@@ -290,7 +357,10 @@ class _MetaStep(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True: what follows would be lost in silence
             raise RuntimeError("the meta-gradient of MAML cannot be differentiated once more")
-        return None, None, *(gradient * d_loss for gradient in ctx.saved_tensors)
+        scaled = [gradient * d_loss for gradient in ctx.saved_tensors]
+        if ctx.like is not None:
+            scaled[:1] = torch._C._nn.unflatten_dense_tensors(scaled[0], ctx.like)
+        return None, None, *scaled
 
 
 def _reduce(task_losses: Tensor, reduction: str) -> Tensor:

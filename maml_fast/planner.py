@@ -28,7 +28,12 @@ class Planned:
     outputs: tuple[Tensor, Tensor]  # predictions for one task's support and query rows
     make: Callable[..., Plan]  # make_plan, all but `refusals`
     alive: list[Any]  # what the plan's key knows by id, so that no other object takes the id
+    named: dict[str, nn.Parameter]  # of the model that the key stands for
     sure: bool = False  # whether it was tried against autograd
+
+    def __post_init__(self) -> None:
+        adapting = {name: p for name, p in self.named.items() if p.requires_grad}
+        self.adapting_names, self.adapting = tuple(adapting), list(adapting.values())
 
     def try_out(self, problem: Problem, batch: TaskBatch) -> bool:
         """Try the plan on the first task; "auto" leaves the planned backends for functional if it must.
@@ -50,6 +55,18 @@ class Planner:
 
     def __init__(self) -> None:
         self._plans: OrderedDict[Any, Planned] = OrderedDict()
+        self._calls: OrderedDict[Any, Planned] = OrderedDict()
+
+    def remember(self, call: Any, planned: Planned) -> None:
+        """A call that was checked, and whose plan was tried: `recall` gives the plan at once."""
+        if call is not None:
+            self._calls[call] = planned
+            if len(self._calls) > PLANS_KEPT:
+                self._calls.popitem(last=False)
+
+    def recall(self, call: Any) -> Planned | None:
+        """The plan of a call like this one."""
+        return None if call is None else self._calls.get(call)
 
     def __reduce__(self) -> tuple[type[Planner], tuple[()]]:
         return Planner, ()
@@ -64,12 +81,13 @@ class Planner:
         key = (shapes, asked, signature(model))
         if key not in self._plans:
             outputs = probe(model, "support_x", x[0]), probe(model, "query_x", q[0])
-            adapting = [name for name, p in model.named_parameters() if p.requires_grad]
+            named = dict(model.named_parameters())
+            adapting = [name for name, p in named.items() if p.requires_grad]
             make = functools.partial(
                 make_plan, model, asked, shapes, tuple(outputs[1].shape), adapting
             )
             alive = [loss, *model.modules(), *model.parameters()]
-            self._plans[key] = Planned(make(), outputs, make, alive)
+            self._plans[key] = Planned(make(), outputs, make, alive, named)
             if len(self._plans) > PLANS_KEPT:
                 self._plans.popitem(last=False)
         return self._plans[key]

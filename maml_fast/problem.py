@@ -5,10 +5,11 @@ Dimensions: T tasks, N support rows a task, M query rows a task, S inner steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
@@ -73,6 +74,29 @@ class Problem:
         return list(self.rates.values)
 
 
+class FlatGradients(Mapping[str, Tensor]):
+    """Gradients that lie one behind the other in one tensor; views of it, made when asked for."""
+
+    def __init__(self, names: Sequence[str], flat: Tensor, like: list[Tensor]) -> None:
+        self.names, self.flat, self.like = names, flat, like  # like: tensors of the shapes
+        self._views: dict[str, Tensor] | None = None
+
+    def _made(self) -> dict[str, Tensor]:
+        if self._views is None:
+            pieces = torch._C._nn.unflatten_dense_tensors(self.flat, self.like)
+            self._views = dict(zip(self.names, pieces, strict=True))
+        return self._views
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._made()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 @dataclass
 class Outcome:
     """What a meta-step yields. Gradients are sums over the tasks; None where none was asked for."""
@@ -80,8 +104,9 @@ class Outcome:
     task_losses: Tensor  # [T]
     support_losses: Tensor  # [T, S]
     query_outputs: Tensor  # [T, M, ...]
-    gradients: dict[str, Tensor] | None = None  # {name: the parameter's own shape}
+    gradients: Mapping[str, Tensor] | None = None  # {name: the parameter's own shape}
     rate_gradients: dict[str, Tensor] | None = None  # {name: [S]}
+    finite: bool | None = None  # whether all of it is; None: not looked at yet
 
 
 class AdaptedTasks(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class InnerRates(nn.Module):
         self.is_mapping = isinstance(spec, Mapping)
         entries = dict(spec) if isinstance(spec, Mapping) else {"": spec}
         self._numbers: dict[str, float] = {}
+        self._tables: dict[Any, RateTable] = {}
         self._names = list(entries)
         for name, rate in entries.items():
             self._register(str(name), rate)
@@ -77,6 +79,16 @@ class InnerRates(nn.Module):
         self, adapting: Iterable[str], inner_steps: int, dtype: torch.dtype = torch.float64
     ) -> RateTable:
         """Rates of the given parameters, spelled out for each inner step; finite in `dtype`."""
+        if len(self._numbers) < len(self._names):
+            return self._spelled(adapting, inner_steps, dtype)
+        key = (tuple(adapting), inner_steps, dtype)  # numbers stay what they are
+        if key not in self._tables:
+            self._tables = {key: self._spelled(key[0], inner_steps, dtype)}
+        return self._tables[key]
+
+    def _spelled(
+        self, adapting: Iterable[str], inner_steps: int, dtype: torch.dtype
+    ) -> RateTable:
         largest = torch.finfo(dtype).max
         spelled = {name: self._spell(name, inner_steps, largest) for name in self._names}
         learning = {name for name in self._names if _learns(self._entry(name))}
@@ -111,6 +123,8 @@ class InnerRates(nn.Module):
 
     def learning(self) -> list[Tensor]:
         """The tensors that want a gradient, each once."""
+        if len(self._numbers) == len(self._names):
+            return []
         tensors = [self._entry(name) for name in self._names]
         found = {id(t): t for t in tensors if isinstance(t, Tensor) and t.requires_grad}
         return list(found.values())

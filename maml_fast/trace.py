@@ -274,23 +274,23 @@ def signature(model: nn.Module) -> tuple[Any, ...]:
     Modules, their classes, modes, hooks, parameters and plain attributes; not globals, class
     attributes or the values of buffers, which a forward may read too.
     """
-    return tuple(
-        (
-            name,
-            id(module),
-            type(module),
-            type(module).forward,
-            module.training,
-            _hooks(module),
-            *(_plain(v) for key, v in vars(module).items() if key not in INTERNAL),
-            *(
-                (key, id(p), p.requires_grad, p.shape)
-                for key, p in module._parameters.items()
-                if isinstance(p, Tensor)
-            ),
-        )
-        for name, module in model.named_modules()
-    )
+    found: list[Any] = []
+    add = found.append
+    for name, module in model.named_modules():
+        kind = type(module)
+        add((name, id(module), kind, kind.forward, module.training))
+        for key, value in vars(module).items():
+            if key not in INTERNAL:
+                add(value if type(value) in PLAIN else _plain(value))
+            elif value and key in HOOKS:
+                add((key, len(value)))
+        for key, p in module._parameters.items():
+            if p is not None:
+                add((key, id(p), p.requires_grad, p.shape, p.dtype))
+    return tuple(found)
+
+
+PLAIN = frozenset((type(None), bool, int, float, complex, str))
 
 
 class _Same:
@@ -308,7 +308,7 @@ class _Same:
 
 def _plain(value: Any) -> Any:
     """A hashable stand-in for an attribute's value."""
-    if value is None or isinstance(value, (bool, int, float, complex, str)):
+    if type(value) in PLAIN:
         return value
     if isinstance(value, (list, tuple)):
         return tuple(_plain(v) for v in value)

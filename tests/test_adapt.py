@@ -14,6 +14,8 @@ BACKENDS = [
     ("functional", "auto"),
     ("torch", "factored"),
     ("torch", "dense"),
+    ("cpu", "factored"),
+    ("cpu", "dense"),
 ]
 
 

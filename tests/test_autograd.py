@@ -11,7 +11,7 @@ from maml_fast import MAML
 from tests.networks import assert_close, gradients
 
 SIZES = (3, 5, 2)
-BACKENDS = ["reference", "functional", "torch"]
+BACKENDS = ["reference", "functional", "torch", "cpu"]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -8,7 +8,7 @@ from maml_fast import MAML, NonFiniteError, UnavailableBackendError, Unsupported
 from tests.networks import Draw
 
 T, N, M, IN, OUT = 3, 4, 5, 6, 2
-BACKENDS = ["reference", "functional", "torch", "auto"]
+BACKENDS = ["reference", "functional", "torch", "cpu", "auto"]
 
 
 @pytest.fixture(params=BACKENDS)

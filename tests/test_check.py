@@ -16,7 +16,7 @@ def case(request, draw):
     return model, batch
 
 
-@pytest.mark.parametrize("backend", ["reference", "functional", "torch", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "functional", "torch", "cpu", "auto"])
 def test_right(backend, case):
     model, batch = case
     report = check(MAML(model, inner_steps=2, backend=backend), *batch)

@@ -49,6 +49,8 @@ BACKENDS = [
     ("functional", "auto"),
     ("torch", "factored"),
     ("torch", "dense"),
+    ("cpu", "factored"),
+    ("cpu", "dense"),
     ("torch", "auto"),
 ]
 
@@ -156,7 +158,7 @@ def test_same_inputs_same_bits(draw):
         assert torch.equal(g, first[name])
 
 
-@pytest.mark.parametrize("backend", ["reference", "functional", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "functional", "torch", "cpu"])
 def test_unused_parameters_get_zeros(backend, draw):
     class Unused(nn.Module):
         def __init__(self):
@@ -193,7 +195,7 @@ def test_tied_parameters(backend, draw):
         assert_close(gradients(maml, batch), wanted, BOUND)
 
 
-@pytest.mark.parametrize("backend", ["reference", "functional", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "functional", "torch", "cpu"])
 def test_linear_over_positions(backend, draw):
     """A linear layer before a flatten sees every position of a row."""
     model = nn.Sequential(
@@ -251,7 +253,7 @@ def test_the_reference_by_hand():
     w1 = w - a * 2 * x * (w * x - y)
     wanted = 2 * xq * (w1 * xq - yq) * (1 - 2 * a * x**2)
     batch = [torch.full((1, 1, 1), value, dtype=torch.float64) for value in (x, y, xq, yq)]
-    for backend in ("reference", "functional", "torch"):
+    for backend in ("reference", "functional", "torch", "cpu"):
         maml = MAML(model, inner_lr=a, backend=backend)
         out = maml(*batch)
         assert out.loss.item() == pytest.approx((w1 * xq - yq) ** 2, rel=1e-14)

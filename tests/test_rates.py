@@ -13,6 +13,8 @@ BACKENDS = [
     ("functional", "auto"),
     ("torch", "factored"),
     ("torch", "dense"),
+    ("cpu", "factored"),
+    ("cpu", "dense"),
 ]
 double = {"dtype": torch.float64}
 

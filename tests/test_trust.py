@@ -12,7 +12,7 @@ from tests.networks import Draw, assert_close, by_graph, gradients
 
 IN, OUT = 4, 3
 REASONS = ("another result than autograd", "no planned operation", "only chains")
-BACKENDS = ["reference", "functional", "torch", "auto"]
+BACKENDS = ["reference", "functional", "torch", "cpu", "auto"]
 
 
 def batch_of(draw, tasks=3):
@@ -237,7 +237,7 @@ def test_what_was_adapted_stays(backend, fast_weights, steps, draw):
         assert torch.equal(p, kept[name]), name
 
 
-@pytest.mark.parametrize("backend", ["reference", "functional", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "functional", "torch", "cpu"])
 def test_two_threads_share_a_model(backend, draw):
     model = draw.mlp((IN, 6, OUT))
     batches = [batch_of(Draw(seed), tasks=4) for seed in range(2)]

@@ -1,14 +1,15 @@
 """The meta-step in C++: a plan and its tensors become one call of `maml_fast._cpu`.
 
 Everything of a tile of tasks, inner steps, query and Hessian-vector products, runs inside that call
-(csrc/tile.h). Here are only sizes, addresses, and the tensors that the results go to.
+(csrc/tile.h). Here are only sizes, addresses, and the tensors that the results go to. With few
+tasks that takes longer than the arithmetic, so what can be known before a call is.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +17,11 @@ from torch import Tensor
 from maml_fast import cpu_features
 from maml_fast.ops import Linear, MergeRows, SplitRows
 from maml_fast.plan import Plan
-from maml_fast.problem import Outcome, Problem, TaskBatch
+from maml_fast.problem import FlatGradients, Outcome, Problem, TaskBatch
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What a program depends on beside the plan's layers."""
+class Variant(NamedTuple):
+    """What a program depends on beside the plan."""
 
     loss: str
     inner_steps: int
@@ -30,40 +30,27 @@ class Variant:
     first_order: bool
     gradient: bool
     exports: bool  # of the adapted parameters
+    adapting: tuple[str, ...]
     learning: frozenset[str]  # parameters whose rates want a gradient
 
 
 def meta_step(problem: Problem, batch: TaskBatch, plan: Plan, gradient: bool) -> Outcome:
     """The whole meta-step of all tasks, in one call."""
-    variant = _variant(problem, batch, gradient=gradient, exports=False)
-    gradient = variant.gradient
-    outputs = batch.query_x.new_empty(batch.tasks, batch.query_x.shape[1], *plan.output[1:])
-    outcome = Outcome(
-        batch.query_x.new_empty(batch.tasks),
-        batch.query_x.new_empty(batch.tasks, problem.inner_steps),
-        outputs,
-    )
-    if gradient:
-        outcome.gradients, outcome.rate_gradients = _run(plan, problem, batch, variant, outcome)
-    else:
-        _run(plan, problem, batch, variant, outcome)
-    return outcome
+    return _program(plan, problem, batch, gradient).run(problem, batch)
 
 
 class AdaptedByCpu:
     """Adapted models of all tasks. The inner steps are run again for each query: no task's weights
     are kept."""
 
-    def __init__(
-        self, plan: Plan, problem: Problem, support_x: Tensor, support_y: Tensor
-    ) -> None:
+    def __init__(self, plan: Plan, problem: Problem, support_x: Tensor, support_y: Tensor) -> None:
         self._plan, self._problem = plan, problem
         self._support_x, self._support_y = support_x, support_y.clone()
-        self.support_losses = self._outcome(support_x[:, :1]).support_losses
+        self.support_losses = self._run(support_x[:, :1]).support_losses
 
     def predict(self, query_x: Tensor) -> Tensor:
         """[T, M, ...] -> [T, M, ...]"""
-        return self._outcome(query_x).query_outputs
+        return self._run(query_x).query_outputs
 
     def parameters(self) -> dict[str, Tensor]:
         """{name: [T, *shape]}"""
@@ -79,25 +66,21 @@ class AdaptedByCpu:
             for name in (layer.link.op.weight, layer.link.op.bias)
             if name is not None
         }
-        self._outcome(query_x, adapted)
+        self._run(query_x, adapted)
         return found | adapted
 
-    def _outcome(self, query_x: Tensor, adapted: dict[str, Tensor] | None = None) -> Outcome:
-        problem, plan = self._problem, self._plan
-        batch = TaskBatch(self._support_x, self._support_y, query_x, query_x)
-        variant = _variant(problem, batch, gradient=False, exports=adapted is not None)
-        outcome = Outcome(
-            query_x.new_empty(0),
-            query_x.new_empty(batch.tasks, problem.inner_steps),
-            query_x.new_empty(batch.tasks, query_x.shape[1], *plan.output[1:]),
-        )
-        _run(plan, problem, batch, variant, outcome, adapted or {}, query_loss=False)
-        return outcome
+    def _run(self, query_x: Tensor, adapted: dict[str, Tensor] | None = None) -> Outcome:
+        batch = TaskBatch(self._support_x, self._support_y, query_x, None)  # type: ignore[arg-type]
+        program = _program(self._plan, self._problem, batch, False, adapted is not None)
+        return program.run(self._problem, batch, adapted or {})
 
 
-def _variant(problem: Problem, batch: TaskBatch, gradient: bool, exports: bool) -> Variant:
+def _program(
+    plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool, exports: bool = False
+) -> Program:
+    """The plan's program for these sizes, made or kept from an earlier call."""
     assert isinstance(problem.loss, str)  # the plan refuses others
-    return Variant(
+    variant = Variant(
         problem.loss,
         problem.inner_steps,
         batch.support_x.shape[1],
@@ -105,99 +88,99 @@ def _variant(problem: Problem, batch: TaskBatch, gradient: bool, exports: bool) 
         problem.first_order,
         gradient,
         exports,
+        tuple(problem.rates.values),
         problem.rates.learning if gradient else frozenset(),
     )
+    program = plan.programs.get(variant)
+    if program is None:
+        program = plan.programs[variant] = Program(plan, variant, problem)
+    return program
 
 
-def _run(
-    plan: Plan,
-    problem: Problem,
-    batch: TaskBatch,
-    variant: Variant,
-    outcome: Outcome,
-    adapted: dict[str, Tensor] | None = None,
-    query_loss: bool = True,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Run the program into the tensors of `outcome`; returns gradients of parameters and rates."""
-    prepared = plan.programs.get(variant)
-    if prepared is None:
-        prepared = plan.programs[variant] = prepare(plan, variant)
-    alive: list[Tensor] = []  # what addresses point to, until the call is over
+class Program:
+    """A `_cpu.Prepared`, and how a call's tensors are handed to it."""
 
-    def address(tensor: Tensor | None) -> int:
-        if tensor is None:
-            return 0
+    def __init__(self, plan: Plan, variant: Variant, problem: Problem) -> None:
+        self.variant = variant
+        self.output = plan.output[1:]
+        ops = [layer.link.op for layer in plan.layers if isinstance(layer.link.op, Linear)]
+        self.prepared = _prepare(plan, variant)
+        used = {name for op in ops for name in (op.weight, op.bias)}
+        self.unused = [name for name in variant.adapting if name not in used]
+        self.like = [problem.parameters[name].detach() for name in variant.adapting]
+        sizes = [parameter.numel() for parameter in self.like]
+        itemsize = plan.shapes.dtype.itemsize
+        starts = {name: itemsize * sum(sizes[:i]) for i, name in enumerate(variant.adapting)}
+        # Each layer with the bytes from the first gradient to those of its weight and bias; -1: none
+        self.linear = [(op, starts.get(op.weight, -1), starts.get(op.bias or "", -1)) for op in ops]
+        self.numbers = sum(sizes)
+
+    def run(
+        self, problem: Problem, batch: TaskBatch, adapted: dict[str, Tensor] | None = None
+    ) -> Outcome:
+        """Fill an `Outcome`; with `adapted`, also its tensors [T, *shape], by name."""
+        variant, x = self.variant, batch.query_x
+        tasks, rows = x.shape[:2]
+        losses = x.new_empty(tasks)
+        support_losses = x.new_empty(tasks, variant.inner_steps)
+        outputs = x.new_empty(tasks, rows, *self.output)
+        flat = x.new_empty(self.numbers) if variant.gradient else None
+        alive: list[Tensor] = []  # what addresses point to, until the call is over
+        rate_gradients: list[Tensor | None] = []
+        flat_start = 0 if flat is None else flat.data_ptr()
+        addresses = [_address(tensor, alive) for tensor in (*batch, losses, support_losses, outputs)]
+        rates = []
+        parameters, values = problem.parameters, problem.rates.values
+        for op, weight_start, bias_start in self.linear:
+            bias = op.bias or ""
+            by_step = None
+            if variant.learning and not variant.learning.isdisjoint((op.weight, bias)):
+                by_step = torch.empty(2, variant.inner_steps, dtype=torch.float64)
+            rate_gradients.append(by_step)
+            addresses += (
+                _address(parameters[op.weight], alive),
+                _address(parameters[bias], alive) if bias else 0,
+                flat_start + weight_start if flat_start and weight_start >= 0 else 0,
+                flat_start + bias_start if flat_start and bias_start >= 0 else 0,
+                _address(by_step, alive),
+                _address(adapted.get(op.weight), alive) if adapted else 0,
+                _address(adapted.get(bias), alive) if adapted else 0,
+            )
+            rates.append((values.get(op.weight, ()), values.get(bias, ())))
+        finite = self.prepared.run(tasks, addresses, rates, torch.get_num_threads())
+        outcome = Outcome(losses, support_losses, outputs, finite=finite)
+        if flat is not None:
+            outcome.gradients = FlatGradients(variant.adapting, flat, self.like)
+            for name in self.unused:
+                outcome.gradients[name].zero_()
+            outcome.rate_gradients = self._by_name(rate_gradients, x)
+        return outcome
+
+    def _by_name(self, rate_gradients: Sequence[Tensor | None], like: Tensor) -> dict[str, Tensor]:
+        learning = self.variant.learning
+        if not learning:
+            return {}
+        found = {name: like.new_zeros(self.variant.inner_steps) for name in learning}
+        for (op, *_), by_step in zip(self.linear, rate_gradients, strict=True):
+            if by_step is not None:
+                for name, gradient in zip((op.weight, op.bias), by_step, strict=True):
+                    if name in learning:
+                        found[name] = gradient.to(like.dtype)
+        return found
+
+
+def _address(tensor: Tensor | None, alive: list[Tensor]) -> int:
+    if tensor is None:
+        return 0
+    if not tensor.is_contiguous():
         tensor = tensor.contiguous()
         alive.append(tensor)
-        return tensor.data_ptr()
-
-    gradients = _gradient_views(problem, batch.query_x) if variant.gradient else {}
-    rate_gradients: dict[str, Tensor] = {}
-    adapted = adapted or {}
-    addresses = [
-        address(batch.support_x),
-        address(batch.support_y),
-        address(batch.query_x),
-        address(batch.query_y if query_loss else None),
-        address(outcome.task_losses),
-        address(outcome.support_losses),
-        address(outcome.query_outputs),
-    ]
-    rates = []
-    for layer in plan.layers:
-        op = layer.link.op
-        if not isinstance(op, Linear):
-            continue
-        by_step = None
-        if not variant.learning.isdisjoint((op.weight, op.bias)):
-            by_step = torch.empty(2, variant.inner_steps, dtype=torch.float64)
-            rate_gradients |= {op.weight: by_step[0]} | ({op.bias: by_step[1]} if op.bias else {})
-        bias = None if op.bias is None else problem.parameters[op.bias]
-        addresses += [
-            address(problem.parameters[op.weight]),
-            address(bias),
-            address(gradients.get(op.weight)),
-            address(gradients.get(op.bias or "")),
-            address(by_step),
-            address(adapted.get(op.weight)),
-            address(adapted.get(op.bias or "")),
-        ]
-        values = problem.rates.values
-        rates.append((values.get(op.weight, ()), values.get(op.bias or "", ())))
-    prepared.run(batch.tasks, addresses, rates, torch.get_num_threads())
-    used = {name for layer in plan.layers for name in _names(layer.link.op)}
-    for name, gradient in gradients.items():
-        if name not in used:
-            gradient.zero_()
-    like = batch.query_x
-    return gradients, {
-        name: rate_gradients[name].to(like.dtype)
-        if name in rate_gradients
-        else like.new_zeros(variant.inner_steps)
-        for name in variant.learning
-    }
+    return tensor.data_ptr()
 
 
-def _gradient_views(problem: Problem, like: Tensor) -> dict[str, Tensor]:
-    """One tensor of all gradients, and a view of it for each parameter that adapts."""
-    parameters = [problem.parameters[name] for name in problem.adapting]
-    sizes = [parameter.numel() for parameter in parameters]
-    pieces = like.new_empty(sum(sizes)).split(sizes)
-    return {
-        name: piece.view(parameter.shape)
-        for name, piece, parameter in zip(problem.adapting, pieces, parameters, strict=True)
-    }
-
-
-def _names(op: Any) -> tuple[str, ...]:
-    return tuple(filter(None, (op.weight, op.bias))) if isinstance(op, Linear) else ()
-
-
-def prepare(plan: Plan, variant: Variant) -> Any:
-    """The `_cpu.Prepared` of a plan."""
+def _prepare(plan: Plan, variant: Variant) -> object:
     assert plan.cpu is not None
-    extension = cpu_features.extension()
-    builder = extension.Builder(
+    builder = cpu_features.extension().Builder(
         loss=variant.loss,
         layout=plan.cpu.layout,
         steps=variant.inner_steps,
