@@ -106,10 +106,10 @@ struct Builder {
     }
 };
 
-// Addresses: support_x, support_y, query_x, query_y, task_losses, support_losses, query_outputs; then of each linear layer
-// weight, bias, weight_gradient, bias_gradient, rate_gradients, adapted_weight, adapted_bias. Rates: of each linear layer its
+// Addresses: of support_x, support_y, query_x, query_y each with the numbers from task to task and from row to row; then
+// task_losses, support_losses, query_outputs; then of each linear layer weight, bias, weight_gradient, bias_gradient, rate_gradients, adapted_weight, adapted_bias. Rates: of each linear layer its
 // weight's and its bias's, empty for what does not adapt.
-constexpr std::size_t OF_DATA = 7, OF_LAYER = 7;
+constexpr std::size_t OF_DATA = 15, OF_LAYER = 7;
 
 bool run(Prepared& prepared, std::int64_t tasks, const std::vector<Address>& addresses,
          const std::vector<std::pair<Rates, Rates>>& rates, int threads) {
@@ -117,13 +117,13 @@ bool run(Prepared& prepared, std::int64_t tasks, const std::vector<Address>& add
         throw std::invalid_argument("addresses or rates do not fit the number of linear layers");
     TaskData data;
     data.tasks = tasks;
-    data.support_x = at(addresses[0]);
-    data.support_y = at(addresses[1]);
-    data.query_x = at(addresses[2]);
-    data.query_y = at(addresses[3]);
-    data.task_losses = at<void>(addresses[4]);
-    data.support_losses = at<void>(addresses[5]);
-    data.query_outputs = at<void>(addresses[6]);
+    RowData* const rows[] = {&data.support_x, &data.support_y, &data.query_x, &data.query_y};
+    for (std::size_t i = 0; i < 4; ++i)
+        *rows[i] = {at(addresses[3 * i]), static_cast<std::int64_t>(addresses[3 * i + 1]),
+                    static_cast<std::int64_t>(addresses[3 * i + 2])};
+    data.task_losses = at<void>(addresses[12]);
+    data.support_losses = at<void>(addresses[13]);
+    data.query_outputs = at<void>(addresses[14]);
     const auto fill = [&](std::vector<Layer>& layers) {
         const Address* a = addresses.data() + OF_DATA;
         auto rate = rates.begin();

@@ -196,7 +196,7 @@ class ProgramSession final : public Session {
     }
     bool finite_losses(const TaskData& data) const {
         return finite(static_cast<const T*>(data.support_losses), data.tasks * program_.steps) &&
-               (!data.query_y || finite(static_cast<const T*>(data.task_losses), data.tasks));
+               (!data.query_y.p || finite(static_cast<const T*>(data.task_losses), data.tasks));
     }
     void add_up_rates(Job& job) const {
         Index at = 0;

@@ -1,7 +1,7 @@
 // What a meta-step is asked to do: plain data, the same for every instruction set.
 //
 // T tasks, N support rows, M query rows, S inner steps, I/O features of a linear layer. Pointers to numbers are to float or
-// double, as the call's function says; every array is contiguous.
+// double, as the call says; arrays are contiguous but for RowData.
 #pragma once
 
 #include <cstdint>
@@ -56,15 +56,21 @@ struct Program {
     bool exports = false;  // whether the adapted parameters are wanted
 };
 
+// Rows [T, N, features]: the features one behind the other, `by_task` and `by_row` numbers apart. Tasks may share theirs.
+struct RowData {
+    const void* p = nullptr;
+    std::int64_t by_task = 0, by_row = 0;
+};
+
 struct TaskData {
     std::int64_t tasks = 0;
-    const void* support_x = nullptr;  // [T, N, in_features]
-    const void* support_y = nullptr;  // [T, N, out_features]; int64 [T, N] for cross entropy
-    const void* query_x = nullptr;    // [T, M, in_features]
-    const void* query_y = nullptr;    // [T, M, ...]; null: no query loss
-    void* task_losses = nullptr;      // [T]
-    void* support_losses = nullptr;   // [T, S]
-    void* query_outputs = nullptr;    // [T, M, out_features]
+    RowData support_x;               // [T, N, in_features]
+    RowData support_y;               // [T, N, out_features]; int64 [T, N] for cross entropy
+    RowData query_x;                 // [T, M, in_features]
+    RowData query_y;                 // [T, M, ...]; null: no query loss
+    void* task_losses = nullptr;     // [T]
+    void* support_losses = nullptr;  // [T, S]
+    void* query_outputs = nullptr;   // [T, M, out_features]
 };
 
 // What one thread keeps, and how the tasks are cut: a function of program and tasks alone, whatever the threads.

@@ -304,33 +304,34 @@ class Tile {
 
     void load(const TaskData& data, Index first, Index count) {
         const View<T>&x = prelude_edges_[0].value[0], &q = prelude_edges_[0].value[1];
-        load_rows(static_cast<const T*>(data.support_x), x, first, count, program_.rows);
-        load_rows(static_cast<const T*>(data.query_x), q, first, count, program_.query_rows);
+        load_rows(data.support_x, x, first, count, program_.rows);
+        load_rows(data.query_x, q, first, count, program_.query_rows);
         load_targets(data.support_y, passes_[0], first, count, program_.rows);
         load_targets(data.query_y, passes_[S], first, count, program_.query_rows);
-        const Pass &support = passes_[0], &query = passes_[S];
-        if (S) set_weights(support.weights, L, program_.rows);
-        set_weights(query.weights, Lanes::tasks ? count : L, program_.query_rows);
+        if (S) set_weights(passes_[0].weights, L, program_.rows);
+        set_weights(passes_[S].weights, Lanes::tasks ? count : L, program_.query_rows);
     }
-    void load_rows(const T* from, const View<T>& to, Index first, Index count, Index rows) const {
+    void load_rows(const RowData& from, const View<T>& to, Index first, Index count, Index rows) const {
         for (Index column = 0; column < to.columns; ++column) {
             const T* starts[L];
             for (Index lane = 0; lane < L; ++lane) {
                 const Row at = row_at(column, lane, first, count, rows);
-                starts[lane] = at.row < 0 ? nullptr : from + (at.task * rows + at.row) * to.features;
+                const T* start = static_cast<const T*>(from.p) + at.task * from.by_task;
+                starts[lane] = at.row < 0 ? nullptr : start + at.row * from.by_row;
             }
             load_column<T>(starts, to, column);
         }
     }
-    void load_targets(const void* from, const Pass& pass, Index first, Index count, Index rows) const {
-        if (!from) return;
-        if (program_.loss != LossKind::cross_entropy)
-            return load_rows(static_cast<const T*>(from), pass.y, first, count, rows);
-        const auto* classes = static_cast<const std::int64_t*>(from);
+    void load_targets(const RowData& from, const Pass& pass, Index first, Index count, Index rows) const {
+        if (!from.p) return;
+        if (program_.loss != LossKind::cross_entropy) return load_rows(from, pass.y, first, count, rows);
+        const auto* classes = static_cast<const std::int64_t*>(from.p);
         for (Index column = 0; column < pass.y.columns; ++column)
             for (Index lane = 0; lane < L; ++lane) {
                 const Row at = row_at(column, lane, first, count, rows);
-                pass.y.p[column * L + lane] = at.row < 0 ? T(0) : static_cast<T>(classes[at.task * rows + at.row]);
+                const bool none = at.row < 0;
+                pass.y.p[column * L + lane] =
+                    none ? T(0) : static_cast<T>(classes[at.task * from.by_task + at.row * from.by_row]);
             }
     }
     // 1 / rows in the lanes that count.
@@ -381,7 +382,7 @@ class Tile {
             }
             store_column<T>(z, column, starts);
         }
-        if (!data.query_y) return;
+        if (!data.query_y.p) return;
         put_losses(loss_->value(passes_[S]), static_cast<T*>(data.task_losses) + first, 1, count);
     }
 

@@ -100,7 +100,10 @@ template <class T>
 MAML_FAST_INLINE Vec<T> tanh(Vec<T> x) {
     const Vec<T> size = magnitude<T>(x);
     const Vec<T> e = expm1<T>(T(2) * clamp<T>(size, T(0), FloatFormat<T>::tanh_one));
-    const Vec<T> t = e / (e + T(2));
+    // e / (e + 2), beyond one half as 1 - 2 / (e + 2), which keeps the digits next to 1
+    const auto near = size < all(T(0.5));
+    const Vec<T> q = (near ? e : all(T(2))) / (e + T(2));
+    const Vec<T> t = near ? q : T(1) - q;
     return x < Vec<T>{} ? -t : t;
 }
 

@@ -50,12 +50,9 @@ def choose(
     tasks: int,
     fast_weights: str,
     machine: Machine,
-    layout: str | None = None,
 ) -> Choice:
     """The cheapest; `uses` are the layers that adapt, the first first."""
     choices = [_in_layout(uses, fast_weights, machine, name) for name in LAYOUTS]
-    if layout is not None:
-        choices = [choice for choice in choices if choice.layout == layout]
     return min(choices, key=lambda choice: total_cycles(choice, tasks))
 
 
@@ -75,7 +72,7 @@ def _in_layout(
         form = fast_weights if fast_weights != "auto" else min(costs, key=lambda f: costs[f])
         forms.append(form)
         cycles += costs[form]
-    return Choice(layout, tuple(forms), cycles, machine.lanes if layout == LAYOUTS[0] else 1)
+    return Choice(layout, tuple(forms), cycles, machine.lanes if layout == "tasks_in_lanes" else 1)
 
 
 class LayerCycles:

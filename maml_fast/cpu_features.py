@@ -10,7 +10,6 @@ from typing import Any
 from maml_fast import openmp
 from maml_fast.errors import UnavailableBackendError
 
-
 FORCED = "MAML_FAST_INSTRUCTION_SET"
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from maml_fast import meta_step
 from maml_fast.finite import check_finite, check_losses
 from maml_fast.inputs import check_batch, check_classes, check_query, check_targets
+from maml_fast.layers import Asked
 from maml_fast.losses import LOSSES
-from maml_fast.plan import BACKENDS, FAST_WEIGHTS, Asked, Plan
+from maml_fast.plan import BACKENDS, FAST_WEIGHTS, Plan
 from maml_fast.planner import Planned, Planner
 from maml_fast.problem import AdaptedTasks, FlatGradients, Loss, Outcome, Problem, TaskBatch
 from maml_fast.rates import InnerRates, Rate

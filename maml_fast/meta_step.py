@@ -96,5 +96,6 @@ def _accumulate(total: Outcome, outcome: Outcome) -> None:
         (total.rate_gradients, outcome.rate_gradients),
     ):
         for name, tensor in (theirs or {}).items():
-            mine[name] += tensor
+            mine[name].add_(tensor)
     outcome.gradients = outcome.rate_gradients = None
+    total.finite = None

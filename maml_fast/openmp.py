@@ -22,7 +22,9 @@ def parallel_entry() -> int:
         return 0
     loaded = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/" in line}
     found = {path for path in loaded if Path(path).name.startswith("libgomp")}
-    beside_torch = {path for path in found if Path(torch.__file__).parent.parent in Path(path).parents}
+    beside_torch = {
+        path for path in found if Path(torch.__file__).parent.parent in Path(path).parents
+    }
     chosen = beside_torch or found
     if len(chosen) != 1:
         return 0

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from maml_fast import cpu_cost, cpu_features
-from maml_fast.cost import Cost, LayerUse, choose_form, cost_of
+from maml_fast import cpu_features, cpu_plan
+from maml_fast.cost import choose_form
 from maml_fast.errors import UnavailableBackendError, UnsupportedModelError
-from maml_fast.losses import LOSSES
-from maml_fast.ops import Features, Linear, MergeRows, Operation, SplitRows
-from maml_fast.trace import Link, batching_refusals, trace
+from maml_fast.layers import Asked, LayerPlan, Shapes, plan_layers
+from maml_fast.ops import Linear
+from maml_fast.trace import batching_refusals
 
 BACKENDS = ("auto", "triton", "cpu", "torch", "functional", "reference")
 PLANNED = ("cpu", "torch")  # that run a chain of operations with fast weights in forms
@@ -29,54 +29,6 @@ FAST_WEIGHTS = ("auto", "factored", "dense")
 # passes stay near the cache; functional keeps the parameters of every step, and bounds them.
 CPU_PASS_BYTES = {"torch": 24 << 20, "functional": 32 << 20}
 GPU_PASS_SHARE = 0.25
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the user asked for; the options of `MAML` that a plan depends on."""
-
-    loss: str | int  # a name; of a callable, its id
-    inner_steps: int
-    first_order: bool
-    backend: str
-    fast_weights: str
-    chunk_size: int | None
-    instruction_set: str = ""  # of backend "cpu"; "": the highest there is
-    layout: str | None = None  # of backend "cpu"; None: chosen by cost
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What a plan depends on beside the model: one task's rows, and how many tasks."""
-
-    tasks: int
-    support: tuple[int, ...]  # [N, *features]
-    query: tuple[int, ...]  # [M, *features]
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One operation of the chain, in order."""
-
-    link: Link
-    features: Features  # of a row that enters
-    positions: int  # rows of the operation for a row of the data
-    prelude: bool  # runs once, before anything that adapts
-    form: str  # "factored", "dense", "shared", or "" for operations without weights
-    cost: Cost | None = None
-    use: LayerUse | None = None  # of a layer that adapts
-
-
-@dataclass(frozen=True)
-class CpuPlan:
-    """How backend "cpu" goes about it (csrc/lanes.h and meta_step.cpp)."""
-
-    instruction_set: str
-    layout: str
-    tile_tasks: int  # that a thread takes through the meta-step at once
-    cycles: float  # predicted, of one core, for all tasks
 
 
 @dataclass
@@ -92,7 +44,7 @@ class Plan:
     layers: list[LayerPlan] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     forward_mode: bool = True  # how functional takes Hessian-vector products
-    cpu: CpuPlan | None = None
+    cpu: cpu_plan.CpuPlan | None = None
     programs: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # of "cpu"
 
     @property
@@ -125,6 +77,8 @@ class Plan:
             widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
             lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
             lines.append(f"{self.flops / 1e9:.3f} GFLOP a meta-step in linear layers")
+        if self.cpu is not None:
+            lines.append(self.cpu.describe(doubles=shapes.dtype == torch.float64))
         if self.refusals:
             lines.append("cannot be planned:")
             lines += [f"  {refusal}" for refusal in self.refusals]
@@ -149,8 +103,8 @@ def make_plan(
     layers: list[LayerPlan] = []
     refusals = list(refusals)
     if backend in ("auto", *PLANNED) and not refusals:
-        layers, refusals = _plan_layers(model, asked, shapes, adapting)
-    not_by_cpu = _cpu_refusals(layers, shapes) if backend in ("auto", "cpu") else []
+        layers, refusals = plan_layers(model, asked, shapes, adapting)
+    not_by_cpu = cpu_plan.refusals(layers, shapes) if backend in ("auto", "cpu") else []
     if backend == "cpu":
         refusals += not_by_cpu
     if backend in PLANNED and refusals:
@@ -163,7 +117,7 @@ def make_plan(
             backend, reason = "functional", "the planned backends cannot run this model (below)"
     cpu = None
     if backend == "cpu":
-        layers, cpu = _plan_for_cpu(layers, asked, shapes)
+        layers, cpu = cpu_plan.plan_for_cpu(layers, asked, shapes, output)
     elif backend == "torch":
         layers = [_with_form(layer, asked, shapes) for layer in layers]
     if backend not in PLANNED and asked.fast_weights != "auto":
@@ -182,9 +136,7 @@ def make_plan(
         passes = math.ceil(shapes.tasks / chunk_size)
         chunk_size = math.ceil(shapes.tasks / passes)  # of about one size
     chunk_size = min(chunk_size, shapes.tasks)
-    return Plan(
-        backend, reason, asked, shapes, output, chunk_size, layers, refusals, cpu=cpu
-    )
+    return Plan(backend, reason, asked, shapes, output, chunk_size, layers, refusals, cpu=cpu)
 
 
 def _check_available(backend: str) -> None:
@@ -196,95 +148,12 @@ def _check_available(backend: str) -> None:
         )
 
 
-def _cpu_refusals(layers: Sequence[LayerPlan], shapes: Shapes) -> list[str]:
-    """Why backend "cpu" cannot run layers that the torch backend can."""
-    if shapes.device.type != "cpu":
-        return [f"the data are on {shapes.device}; backend 'cpu' wants them on the CPU"]
-    if missing := cpu_features.why_missing():
-        return [missing]
-    return [
-        f"layer '{layer.link.name}' ({layer.link.op}): has no C++ operation"
-        for layer in layers
-        if isinstance(layer.link.op, Operation) and layer.link.op.native is None
-    ]
-
-
 def _with_form(layer: LayerPlan, asked: Asked, shapes: Shapes) -> LayerPlan:
     """The form that suits backend "torch"."""
     if layer.use is None:
         return layer
     form, cost = choose_form(layer.use, asked.fast_weights, shapes.dtype.itemsize)
     return replace(layer, form=form, cost=cost)
-
-
-def _plan_for_cpu(
-    layers: list[LayerPlan], asked: Asked, shapes: Shapes
-) -> tuple[list[LayerPlan], CpuPlan]:
-    name = asked.instruction_set or cpu_features.instruction_set()
-    vector_bytes = cpu_features.engines()[name]
-    machine = cpu_cost.Machine(vector_bytes // shapes.dtype.itemsize, vector_bytes)
-    uses = [layer.use for layer in layers if layer.use is not None]
-    choice = cpu_cost.choose(uses, shapes.tasks, asked.fast_weights, machine, asked.layout)
-    forms = iter(choice.forms)
-    planned = [
-        layer
-        if layer.use is None
-        else replace(layer, form=(form := next(forms)), cost=cost_of(layer.use, form, shapes.dtype.itemsize))
-        for layer in layers
-    ]
-    cycles = cpu_cost.total_cycles(choice, shapes.tasks, threads=1)
-    return planned, CpuPlan(name, choice.layout, choice.tile_tasks, cycles)
-
-
-def _plan_layers(
-    model: nn.Module, asked: Asked, shapes: Shapes, adapting: Collection[str]
-) -> tuple[list[LayerPlan], list[str]]:
-    chain = trace(model)
-    refusals = list(chain.refusals)
-    if not isinstance(asked.loss, str):
-        refusals.append(f"loss is a callable; planned are {', '.join(LOSSES)}")
-    if shapes.dtype not in (torch.float32, torch.float64):
-        refusals.append(f"the data are {shapes.dtype}; planned are float32 and float64")
-    if refusals:
-        return [], refusals
-    layers: list[LayerPlan] = []
-    features: Features = shapes.support[1:]
-    prelude = True
-    for link in chain.links:
-        try:
-            after = link.op.out_features(features)
-        except ValueError as reason:
-            return [], [f"layer '{link.name}' ({link.op}): {reason}"]
-        if not isinstance(link.op, Linear):
-            layers.append(LayerPlan(link, features, 1, prelude, ""))
-            features = after
-            continue
-        adapts = link.op.weight in adapting or link.op.bias in adapting
-        positions = math.prod(features[:-1])
-        form, use = "shared", None
-        before = prelude
-        if adapts:
-            form = ""  # chosen later, by backend
-            use = LayerUse(
-                link.op.in_features,
-                link.op.out_features_,
-                shapes.support[0] * positions,
-                shapes.query[0] * positions,
-                asked.inner_steps,
-                asked.first_order,
-                first=prelude,
-            )
-            prelude = False
-        plan = LayerPlan(link, features, positions, prelude, form, use=use)
-        if len(features) > 1:
-            merge, split = Link(link.name, MergeRows()), Link(link.name, SplitRows(features[:-1]))
-            layers.append(LayerPlan(merge, features, 1, before, ""))
-            layers.append(plan)
-            layers.append(LayerPlan(split, after[-1:], positions, prelude, ""))
-        else:
-            layers.append(plan)
-        features = after
-    return layers, []
 
 
 def _chunk_size(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from maml_fast.errors import UnsupportedModelError
 from maml_fast.inputs import probe
-from maml_fast.plan import PLANNED, Asked, Plan, Shapes, make_plan
+from maml_fast.layers import Asked, Shapes
+from maml_fast.plan import PLANNED, Plan, make_plan
 from maml_fast.problem import Loss, Problem, TaskBatch
 from maml_fast.trace import signature
 from maml_fast.verify import verified
@@ -36,7 +37,7 @@ class Planned:
         self.adapting_names, self.adapting = tuple(adapting), list(adapting.values())
 
     def try_out(self, problem: Problem, batch: TaskBatch) -> bool:
-        """Try the plan on the first task; "auto" leaves the planned backends for functional if it must.
+        """Try the plan on the first task; "auto" takes functional where a planned one is wrong.
 
         Returns whether there was something to compare with. Raises UnsupportedModelError if the
         plan disagrees with autograd, and no other may take its place.

@@ -86,9 +86,7 @@ class InnerRates(nn.Module):
             self._tables = {key: self._spelled(key[0], inner_steps, dtype)}
         return self._tables[key]
 
-    def _spelled(
-        self, adapting: Iterable[str], inner_steps: int, dtype: torch.dtype
-    ) -> RateTable:
+    def _spelled(self, adapting: Iterable[str], inner_steps: int, dtype: torch.dtype) -> RateTable:
         largest = torch.finfo(dtype).max
         spelled = {name: self._spell(name, inner_steps, largest) for name in self._names}
         learning = {name for name in self._names if _learns(self._entry(name))}

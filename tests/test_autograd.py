@@ -84,6 +84,8 @@ def test_no_grad_runs_no_adjoint(maml, batch, monkeypatch):
         monkeypatch.setattr("maml_fast.backends.planned.PlannedStepper.pull_back", None)
     if maml.backend == "functional":
         monkeypatch.setattr("maml_fast.backends.functional.FunctionalStepper.pull_back", None)
+    if maml.backend == "cpu":
+        monkeypatch.setattr("maml_fast.backends.cpu.FlatGradients", None)
     with torch.no_grad():
         bare = maml(*batch)
     with torch.inference_mode():
@@ -167,3 +169,39 @@ def test_a_loader_feeds_it(draw, batch):
     maml = MAML(draw.mlp(SIZES), inner_lr=0.1)
     losses = [maml(*part).task_losses for part in loader]
     torch.testing.assert_close(torch.cat(losses), maml(*batch).task_losses)
+
+
+def test_value_and_grad(maml, batch):
+    """The same numbers without a graph, by the names of the module's parameters."""
+    wanted = {f"model.{name}": g for name, g in gradients(maml, batch).items()}
+    loss = maml(*batch).loss
+    maml.zero_grad()
+    out, found = maml.value_and_grad(*batch)
+    assert torch.equal(out.loss, loss.detach())
+    assert not out.loss.requires_grad
+    assert_close(found, wanted, 1e-15)
+    assert all(p.grad is None for p in maml.parameters())
+    assert set(found) <= {name for name, _ in maml.named_parameters()}
+
+
+def test_value_and_grad_of_rates(draw, batch):
+    rate = nn.Parameter(torch.full((2,), 0.1, dtype=torch.float64))
+    for backend in BACKENDS:
+        maml = MAML(draw.mlp(SIZES), "mse", rate, 2, backend=backend, reduction="sum")
+        gradients(maml, batch)
+        _, found = maml.value_and_grad(*batch)
+        torch.testing.assert_close(found["rates.lr"], rate.grad)
+        rate.grad = None
+        assert len(found) == 5
+
+
+def test_gradients_can_be_zeroed_in_place_and_clipped(maml, batch):
+    """They may be parts of one tensor; every use of them works all the same."""
+    wanted = {name: g.clone() for name, g in gradients(maml, batch).items()}
+    maml.zero_grad(set_to_none=False)
+    maml(*batch).loss.backward()
+    assert_close({n: p.grad for n, p in maml.model.named_parameters()}, wanted, 1e-15)
+    nn.utils.clip_grad_norm_(maml.parameters(), 0.01)
+    norm = torch.stack([p.grad.norm() for p in maml.parameters()]).norm()
+    assert norm.item() == pytest.approx(0.01, rel=1e-3)
+    torch.optim.Adam(maml.parameters()).step()

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from maml_fast import MAML, NonFiniteError, UnavailableBackendError, UnsupportedModelError
+from maml_fast import (
+    MAML,
+    NonFiniteError,
+    UnavailableBackendError,
+    UnsupportedModelError,
+    cpu_features,
+)
 from tests.networks import Draw
 
 T, N, M, IN, OUT = 3, 4, 5, 6, 2
@@ -164,10 +170,22 @@ def test_a_model_that_is_none():
         MAML(lambda x: x)
 
 
-@pytest.mark.parametrize("name", ["cpu", "triton"])
-def test_backends_that_are_not_there(name):
-    with pytest.raises(UnavailableBackendError, match=name):
-        call(good(), name)
+def test_a_backend_that_is_not_there():
+    with pytest.raises(UnavailableBackendError, match="triton"):
+        call(good(), "triton")
+
+
+def test_cpu_without_its_extension(monkeypatch):
+    monkeypatch.setattr(cpu_features, "_load", lambda: (None, "it was not built: no compiler"))
+    cpu_features.extension.cache_clear()
+    try:
+        with pytest.raises(UnavailableBackendError, match=r"_cpu is missing.*no compiler.*Install"):
+            call(good(), "cpu")
+        plan = MAML(model()).plan(good()["support_x"], good()["query_x"])
+        assert plan.backend == "torch"
+        assert "cpu cannot: the C++ extension maml_fast._cpu is missing" in plan.reason
+    finally:
+        cpu_features.extension.cache_clear()
 
 
 class Returns(nn.Module):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from maml_fast import MAML, check
+from maml_fast.plan import PLANNED
 from tests.networks import SMOOTH, Draw, assert_close, by_graph, gradients
 
 BOUND = 1e-10
@@ -52,6 +53,7 @@ BACKENDS = [
     ("cpu", "factored"),
     ("cpu", "dense"),
     ("torch", "auto"),
+    ("cpu", "auto"),
 ]
 
 
@@ -205,7 +207,7 @@ def test_linear_over_positions(backend, draw):
     batch = draw.batch("mse", 3, 4, 4, (3, 2))
     batch = batch._replace(support_x=draw.normal(3, 4, 5, 3), query_x=draw.normal(3, 4, 5, 3))
     wanted = by_graph(model, batch, "mse", 0.1, 2)[1]
-    for fast_weights in ("auto", "factored", "dense") if backend == "torch" else ("auto",):
+    for fast_weights in ("auto", "factored", "dense") if backend in PLANNED else ("auto",):
         options = dict(backend=backend, fast_weights=fast_weights)
         maml = MAML(model, inner_lr=0.1, inner_steps=2, **options)
         assert_close(gradients(maml, batch), wanted, BOUND)

@@ -1,15 +1,17 @@
 """What the planner takes, what it refuses and how it says so, and what it chooses."""
 
 import itertools
+import re
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from maml_fast import MAML, UnsupportedModelError
+from maml_fast import MAML, UnsupportedModelError, cpu_cost
 from maml_fast.cost import LayerUse, dense_cost, factored_cost
 from maml_fast.plan import CPU_PASS_BYTES
+from maml_fast.plan import PLANNED as BACKENDS
 from maml_fast.trace import trace
 from tests.networks import Draw, assert_close, by_graph, gradients
 
@@ -122,18 +124,19 @@ def batch_for(draw):
 def test_planned_models_equal_the_loop(make, draw):
     model, batch = initialised(make()), batch_for(draw)
     wanted = by_graph(model, batch, "cross_entropy", 0.2, 2)[1]
-    for fast_weights in ("auto", "factored", "dense"):
-        maml = MAML(model, "cross_entropy", 0.2, 2, backend="torch", fast_weights=fast_weights)
+    for backend, fast_weights in itertools.product(BACKENDS, ("auto", "factored", "dense")):
+        maml = MAML(model, "cross_entropy", 0.2, 2, backend=backend, fast_weights=fast_weights)
         assert_close(gradients(maml, batch), wanted, 1e-10)
     auto = MAML(model, "cross_entropy", 0.2, 2)
-    assert auto.plan(batch.support_x, batch.query_x).backend == "torch"
+    assert auto.plan(batch.support_x, batch.query_x).backend == "cpu"
 
 
 @pytest.mark.parametrize(("make", "words"), REFUSED)
 def test_refused_models_are_named_and_run_elsewhere(make, words, draw):
     model, batch = initialised(make()), batch_for(draw)
-    with pytest.raises(UnsupportedModelError, match=words):
-        MAML(model, "cross_entropy", backend="torch")(*batch)
+    for backend in BACKENDS:
+        with pytest.raises(UnsupportedModelError, match=words):
+            MAML(model, "cross_entropy", backend=backend)(*batch)
     auto = MAML(model, "cross_entropy", 0.2, 2)
     plan = auto.plan(batch.support_x, batch.query_x)
     assert plan.backend == "functional"
@@ -143,7 +146,7 @@ def test_refused_models_are_named_and_run_elsewhere(make, words, draw):
     assert_close(gradients(auto, batch), wanted, 1e-10)
 
 
-@pytest.mark.parametrize("backend", ["torch", "functional", "auto"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "functional", "auto"])
 def test_dropout_in_training_is_refused(backend, draw):
     model = initialised(nn.Sequential(nn.Linear(IN, 4), nn.Dropout(0.3), nn.Linear(4, OUT)))
     maml, batch = MAML(model, "cross_entropy", backend=backend), batch_for(draw)
@@ -239,12 +242,14 @@ def test_the_plan_prints_what_would_run():
     maml = MAML(model, "cross_entropy", 0.4)
     plan = maml.plan(torch.zeros(512, 5, 28, 28), torch.zeros(512, 5, 28, 28))
     text = str(plan)
-    assert "backend torch" in text
+    assert "backend cpu: the fastest that plans every layer" in text
     assert "512 tasks" in text
+    tiles = r"tiles of \d+ tasks in \d+ chunks, arena \d+ KiB a thread; predicted [\d.]+ ms"
+    assert re.search(tiles, text)
     assert "linear 784->256" in text
     assert "once, shared" in text
     assert "linear 256->5" in text
-    assert "dense" in text
+    assert "factored" in text
     assert plan.output == (5, 5)
 
 
@@ -280,7 +285,7 @@ def test_few_rows_are_factored_and_many_are_dense():
 def test_chunks_bound_what_a_pass_keeps(draw):
     """As many tasks a pass as its bytes allow, in even passes; few go in one; a user may say."""
     model = initialised(nn.Linear(IN, OUT))
-    maml = MAML(model, "cross_entropy")
+    maml = MAML(model, "cross_entropy", backend="torch")
     x = torch.zeros(1, 1, 1, dtype=torch.float64)
     for rows in (100, 1000):
         plan = maml.plan(*(x.expand(10**6, rows, IN) for _ in range(2)))
@@ -293,3 +298,45 @@ def test_chunks_bound_what_a_pass_keeps(draw):
     assert few.chunk_size == 10
     maml.chunk_size = 3
     assert maml.plan(*(x.expand(10, 4, IN) for _ in range(2))).chunk_size == 3
+
+
+def test_the_cpu_backend_takes_all_tasks_in_one_call(draw):
+    """Its memory does not depend on their number."""
+    model = initialised(nn.Linear(IN, OUT))
+    x = torch.zeros(1, 1, 1, dtype=torch.float64)
+    plans = [
+        MAML(model, "cross_entropy", backend="cpu").plan(*(x.expand(T, 5, IN) for _ in range(2)))
+        for T in (10, 10**6)
+    ]
+    assert [plan.chunk_size for plan in plans] == [10, 10**6]
+    assert plans[0].cpu.arena_bytes == plans[1].cpu.arena_bytes
+    assert plans[1].cpu.chunks <= 64
+
+
+def test_rows_in_lanes_for_one_task_of_many_rows():
+    """And tasks in lanes for many tasks; factored where rows are few, dense where they are many."""
+    machine = cpu_cost.Machine(lanes=16, vector_bytes=64)
+
+    def choose(rows, tasks, steps=1):
+        uses = [
+            LayerUse(256, 256, rows, rows, steps, first_order=False, first=first)
+            for first in (True, False)
+        ]
+        return cpu_cost.choose(uses, tasks, "auto", machine)
+
+    many_rows, few_rows = choose(1024, 4), choose(5, 512)
+    assert many_rows.layout == "rows_in_lanes"
+    assert set(many_rows.forms) == {"dense"}
+    assert few_rows.layout == "tasks_in_lanes"
+    assert set(few_rows.forms) == {"factored"}
+
+
+def test_auto_leaves_the_cpu_backend_where_an_operation_has_no_cpp(draw, monkeypatch):
+    model = initialised(nn.Sequential(nn.Linear(IN, 4), nn.Tanh(), nn.Linear(4, OUT)))
+    batch = batch_for(draw)
+    monkeypatch.setattr("maml_fast.ops.Tanh.native", None)
+    with pytest.raises(UnsupportedModelError, match=r"layer '1' \(tanh\): has no C\+\+ operation"):
+        MAML(model, "cross_entropy", backend="cpu")(*batch)
+    plan = MAML(model, "cross_entropy").plan(batch.support_x, batch.query_x)
+    assert plan.backend == "torch"
+    assert "cpu cannot: layer '1' (tanh)" in str(plan)

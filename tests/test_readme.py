@@ -17,7 +17,7 @@ def test_the_code_runs(capsys):
     for block in blocks:
         exec(compile(block, str(README), "exec"), scope)
     printed = capsys.readouterr().out
-    assert "backend torch" in printed
+    assert "backend cpu" in printed
     assert "against the float64 reference" in printed
 
 

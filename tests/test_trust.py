@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from maml_fast import MAML, UnsupportedModelError
+from maml_fast.plan import PLANNED
 from tests.networks import Draw, assert_close, by_graph, gradients
 
 IN, OUT = 4, 3
@@ -214,7 +215,11 @@ def test_in_place_layers_leave_the_data_alone(layer, backend, draw):
 
 @pytest.mark.parametrize(
     ("backend", "fast_weights"),
-    [("reference", "auto"), ("functional", "auto"), ("torch", "factored"), ("torch", "dense")],
+    [
+        ("reference", "auto"),
+        ("functional", "auto"),
+        *((backend, form) for backend in PLANNED for form in ("factored", "dense")),
+    ],
 )
 @pytest.mark.parametrize("steps", [0, 2])
 def test_what_was_adapted_stays(backend, fast_weights, steps, draw):

@@ -7,31 +7,15 @@ tasks that takes longer than the arithmetic, so what can be known before a call 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from maml_fast import cpu_features
-from maml_fast.ops import Linear, MergeRows, SplitRows
+from maml_fast.cpu_plan import Variant, prepare
+from maml_fast.ops import Linear
 from maml_fast.plan import Plan
 from maml_fast.problem import FlatGradients, Outcome, Problem, TaskBatch
-
-
-class Variant(NamedTuple):
-    """What a program depends on beside the plan."""
-
-    loss: str
-    inner_steps: int
-    rows: int
-    query_rows: int
-    first_order: bool
-    gradient: bool
-    exports: bool  # of the adapted parameters
-    adapting: tuple[str, ...]
-    learning: frozenset[str]  # parameters whose rates want a gradient
 
 
 def meta_step(problem: Problem, batch: TaskBatch, plan: Plan, gradient: bool) -> Outcome:
@@ -104,14 +88,15 @@ class Program:
         self.variant = variant
         self.output = plan.output[1:]
         ops = [layer.link.op for layer in plan.layers if isinstance(layer.link.op, Linear)]
-        self.prepared = _prepare(plan, variant)
+        assert plan.cpu is not None
+        self.prepared = prepare(plan.layers, plan.cpu, variant, plan.shapes, plan.output)
         used = {name for op in ops for name in (op.weight, op.bias)}
         self.unused = [name for name in variant.adapting if name not in used]
         self.like = [problem.parameters[name].detach() for name in variant.adapting]
         sizes = [parameter.numel() for parameter in self.like]
         itemsize = plan.shapes.dtype.itemsize
         starts = {name: itemsize * sum(sizes[:i]) for i, name in enumerate(variant.adapting)}
-        # Each layer with the bytes from the first gradient to those of its weight and bias; -1: none
+        # Each layer, and where the gradients of its weight and bias begin, in bytes; -1: nowhere
         self.linear = [(op, starts.get(op.weight, -1), starts.get(op.bias or "", -1)) for op in ops]
         self.numbers = sum(sizes)
 
@@ -128,7 +113,8 @@ class Program:
         alive: list[Tensor] = []  # what addresses point to, until the call is over
         rate_gradients: list[Tensor | None] = []
         flat_start = 0 if flat is None else flat.data_ptr()
-        addresses = [_address(tensor, alive) for tensor in (*batch, losses, support_losses, outputs)]
+        addresses = [number for tensor in batch for number in _rows(tensor, alive)]
+        addresses += (losses.data_ptr(), support_losses.data_ptr(), outputs.data_ptr())
         rates = []
         parameters, values = problem.parameters, problem.rates.values
         for op, weight_start, bias_start in self.linear:
@@ -169,6 +155,16 @@ class Program:
         return found
 
 
+def _rows(tensor: Tensor | None, alive: list[Tensor]) -> tuple[int, int, int]:
+    """The address of rows [T, N, ...], and the numbers from task to task and from row to row."""
+    if tensor is None:
+        return 0, 0, 0
+    if not tensor.is_contiguous() and not tensor[0, 0].is_contiguous():
+        tensor = tensor.contiguous()
+        alive.append(tensor)
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+
+
 def _address(tensor: Tensor | None, alive: list[Tensor]) -> int:
     if tensor is None:
         return 0
@@ -176,40 +172,3 @@ def _address(tensor: Tensor | None, alive: list[Tensor]) -> int:
         tensor = tensor.contiguous()
         alive.append(tensor)
     return tensor.data_ptr()
-
-
-def _prepare(plan: Plan, variant: Variant) -> object:
-    assert plan.cpu is not None
-    builder = cpu_features.extension().Builder(
-        loss=variant.loss,
-        layout=plan.cpu.layout,
-        steps=variant.inner_steps,
-        rows=variant.rows,
-        query_rows=variant.query_rows,
-        in_features=math.prod(plan.shapes.support[1:]),
-        out_features=math.prod(plan.output[1:]),
-        first_order=variant.first_order,
-        gradient=variant.gradient,
-        exports=variant.exports,
-    )
-    for layer in plan.layers:
-        op, prelude = layer.link.op, layer.prelude
-        if isinstance(op, Linear):
-            builder.linear(
-                in_features=op.in_features,
-                out_features=op.out_features_,
-                has_bias=op.bias is not None,
-                form=layer.form,
-                prelude=prelude,
-                learns_rates=not variant.learning.isdisjoint((op.weight, op.bias)),
-            )
-        elif isinstance(op, (MergeRows, SplitRows)):
-            merge = isinstance(op, MergeRows)
-            positions = math.prod(layer.features[:-1]) if merge else layer.positions
-            builder.reshape(merge=merge, positions=positions, prelude=prelude)
-        else:
-            assert op.native is not None  # the plan refuses others
-            name, constants = op.native
-            if name != "reshape":  # those keep the order of a row's features
-                builder.pointwise(name, list(constants), prelude)
-    return builder.prepare(plan.cpu.instruction_set, plan.shapes.dtype == torch.float64)

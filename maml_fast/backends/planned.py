@@ -20,9 +20,10 @@ from maml_fast.fast_weights import (
     LinearSpec,
     SharedLinear,
 )
+from maml_fast.layers import LayerPlan
 from maml_fast.losses import LOSSES
 from maml_fast.ops import Linear, Operation, Stage
-from maml_fast.plan import LayerPlan, Plan
+from maml_fast.plan import Plan
 from maml_fast.problem import Problem, TaskBatch
 
 

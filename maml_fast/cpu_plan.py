@@ -1,0 +1,144 @@
+"""How backend "cpu" goes about a chain of layers, and the program of `maml_fast._cpu` for it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from maml_fast import cpu_cost, cpu_features
+from maml_fast.cost import cost_of
+from maml_fast.layers import Asked, LayerPlan, Shapes
+from maml_fast.ops import Linear, MergeRows, Operation, SplitRows
+
+
+class Variant(NamedTuple):
+    """What a program depends on beside the layers."""
+
+    loss: str
+    inner_steps: int
+    rows: int
+    query_rows: int
+    first_order: bool
+    gradient: bool
+    exports: bool  # of the adapted parameters
+    adapting: tuple[str, ...]
+    learning: frozenset[str]  # parameters whose rates want a gradient
+
+
+@dataclass(frozen=True)
+class CpuPlan:
+    """See csrc/lanes.h for the layouts and csrc/meta_step.cpp for tiles and chunks."""
+
+    instruction_set: str
+    layout: str
+    tile_tasks: int  # that a thread takes through the meta-step at once
+    arena_bytes: int  # that a thread works in
+    chunks: int  # of tiles, whose sums are added up in order
+    cycles: float  # predicted, of one core, for all tasks
+    lanes: int
+
+    def seconds(self, doubles: bool) -> float:
+        """Predicted for one thread of this processor."""
+        return self.cycles * 4 * self.lanes / _peak(self.instruction_set, doubles)
+
+    def describe(self, doubles: bool) -> str:
+        """A line for people."""
+        return (
+            f"{self.instruction_set}, {self.layout.replace('_', ' ')}: tiles of {self.tile_tasks} "
+            f"tasks in {self.chunks} chunks, arena {self.arena_bytes / 1024:.0f} KiB a thread; "
+            f"predicted {self.seconds(doubles) * 1e3:.3g} ms on one thread"
+        )
+
+
+@functools.cache
+def _peak(instruction_set: str, doubles: bool) -> float:
+    return cpu_features.extension().peak(instruction_set, doubles)
+
+
+def refusals(layers: Sequence[LayerPlan], shapes: Shapes) -> list[str]:
+    """Why backend "cpu" cannot run layers that the torch backend can."""
+    if shapes.device.type != "cpu":
+        return [f"the data are on {shapes.device}; backend 'cpu' wants them on the CPU"]
+    if missing := cpu_features.why_missing():
+        return [missing]
+    return [
+        f"layer '{layer.link.name}' ({layer.link.op}): has no C++ operation"
+        for layer in layers
+        if isinstance(layer.link.op, Operation) and layer.link.op.native is None
+    ]
+
+
+def plan_for_cpu(
+    layers: Sequence[LayerPlan], asked: Asked, shapes: Shapes, output: tuple[int, ...]
+) -> tuple[list[LayerPlan], CpuPlan]:
+    """The layers with forms that suit the C++ engine, and its plan."""
+    name = cpu_features.instruction_set()
+    vector_bytes = cpu_features.engines()[name]
+    itemsize = shapes.dtype.itemsize
+    machine = cpu_cost.Machine(vector_bytes // itemsize, vector_bytes)
+    uses = [layer.use for layer in layers if layer.use is not None]
+    choice = cpu_cost.choose(uses, shapes.tasks, asked.fast_weights, machine)
+    forms = iter(choice.forms)
+    planned = []
+    for layer in layers:
+        if layer.use is not None:
+            form = next(forms)
+            layer = replace(layer, form=form, cost=cost_of(layer.use, form, itemsize))
+        planned.append(layer)
+    cycles = cpu_cost.total_cycles(choice, shapes.tasks, threads=1)
+    plan = CpuPlan(name, choice.layout, choice.tile_tasks, 0, 0, cycles, machine.lanes)
+    loss = asked.loss if isinstance(asked.loss, str) else "mse"
+    steps, rows, query_rows = asked.inner_steps, shapes.support[0], shapes.query[0]
+    variant = Variant(
+        loss, steps, rows, query_rows, asked.first_order, True, False, (), frozenset()
+    )
+    sizes = prepare(planned, plan, variant, shapes, output).sizes(shapes.tasks)
+    return planned, replace(plan, arena_bytes=sizes["arena_bytes"], chunks=sizes["chunks"])
+
+
+def prepare(
+    layers: Sequence[LayerPlan],
+    plan: CpuPlan,
+    variant: Variant,
+    shapes: Shapes,
+    output: tuple[int, ...],
+) -> Any:
+    """The `_cpu.Prepared` that runs these layers; `output` is the shape of a prediction."""
+    builder = cpu_features.extension().Builder(
+        loss=variant.loss,
+        layout=plan.layout,
+        steps=variant.inner_steps,
+        rows=variant.rows,
+        query_rows=variant.query_rows,
+        in_features=math.prod(shapes.support[1:]),
+        out_features=math.prod(output[1:]),
+        first_order=variant.first_order,
+        gradient=variant.gradient,
+        exports=variant.exports,
+    )
+    for layer in layers:
+        op, prelude = layer.link.op, layer.prelude
+        if isinstance(op, Linear):
+            builder.linear(
+                in_features=op.in_features,
+                out_features=op.out_features_,
+                has_bias=op.bias is not None,
+                form=layer.form,
+                prelude=prelude,
+                learns_rates=not variant.learning.isdisjoint((op.weight, op.bias)),
+            )
+        elif isinstance(op, (MergeRows, SplitRows)):
+            merge = isinstance(op, MergeRows)
+            positions = math.prod(layer.features[:-1]) if merge else layer.positions
+            builder.reshape(merge=merge, positions=positions, prelude=prelude)
+        else:
+            assert op.native is not None  # see `refusals`
+            name, constants = op.native
+            if name != "reshape":  # those keep the order of a row's features
+                builder.pointwise(name, list(constants), prelude)
+    return builder.prepare(plan.instruction_set, shapes.dtype == torch.float64)

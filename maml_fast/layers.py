@@ -1,0 +1,103 @@
+"""A model as a chain of planned layers: what runs, on which rows, and what of it adapts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from maml_fast.cost import Cost, LayerUse
+from maml_fast.losses import LOSSES
+from maml_fast.ops import Features, Linear, MergeRows, SplitRows
+from maml_fast.trace import Link, trace
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asked for; the options of `MAML` that a plan depends on."""
+
+    loss: str | int  # a name; of a callable, its id
+    inner_steps: int
+    first_order: bool
+    backend: str
+    fast_weights: str
+    chunk_size: int | None
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a plan depends on beside the model: one task's rows, and how many tasks."""
+
+    tasks: int
+    support: tuple[int, ...]  # [N, *features]
+    query: tuple[int, ...]  # [M, *features]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One operation of the chain, in order."""
+
+    link: Link
+    features: Features  # of a row that enters
+    positions: int  # rows of the operation for a row of the data
+    prelude: bool  # runs once, before anything that adapts
+    form: str  # "factored", "dense", "shared", or "" for operations without weights
+    cost: Cost | None = None
+    use: LayerUse | None = None  # of a layer that adapts
+
+
+def plan_layers(
+    model: nn.Module, asked: Asked, shapes: Shapes, adapting: Collection[str]
+) -> tuple[list[LayerPlan], list[str]]:
+    """The layers, without the forms of those that adapt; or why the model cannot be planned."""
+    chain = trace(model)
+    refusals = list(chain.refusals)
+    if not isinstance(asked.loss, str):
+        refusals.append(f"loss is a callable; planned are {', '.join(LOSSES)}")
+    if shapes.dtype not in (torch.float32, torch.float64):
+        refusals.append(f"the data are {shapes.dtype}; planned are float32 and float64")
+    if refusals:
+        return [], refusals
+    layers: list[LayerPlan] = []
+    features: Features = shapes.support[1:]
+    prelude = True
+    for link in chain.links:
+        try:
+            after = link.op.out_features(features)
+        except ValueError as reason:
+            return [], [f"layer '{link.name}' ({link.op}): {reason}"]
+        if not isinstance(link.op, Linear):
+            layers.append(LayerPlan(link, features, 1, prelude, ""))
+            features = after
+            continue
+        adapts = link.op.weight in adapting or link.op.bias in adapting
+        positions = math.prod(features[:-1])
+        form, use = "shared", None
+        before = prelude
+        if adapts:
+            form = ""  # chosen later, by backend
+            use = LayerUse(
+                link.op.in_features,
+                link.op.out_features_,
+                shapes.support[0] * positions,
+                shapes.query[0] * positions,
+                asked.inner_steps,
+                asked.first_order,
+                first=prelude,
+            )
+            prelude = False
+        plan = LayerPlan(link, features, positions, prelude, form, use=use)
+        if len(features) > 1:
+            merge, split = Link(link.name, MergeRows()), Link(link.name, SplitRows(features[:-1]))
+            layers.append(LayerPlan(merge, features, 1, before, ""))
+            layers.append(plan)
+            layers.append(LayerPlan(split, after[-1:], positions, prelude, ""))
+        else:
+            layers.append(plan)
+        features = after
+    return layers, []
