@@ -8,13 +8,16 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 DEMO := runs/demo
+SANITIZED := $(VENV)-sanitized
+SANITIZE_TESTS := tests/test_cpu.py tests/test_operations_cpu.py tests/test_adapt.py tests/test_rates.py \
+    tests/test_meta_gradient.py
 # An installation is editable, so it is repeated only when the metadata or the C++ changes.
 INSTALLED_FROM := pyproject.toml constraints.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installations into one environment would disturb each other
-.PHONY: help demo test bench lint format clean check-python
+.PHONY: help demo test sanitize bench lint format clean check-python
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +33,21 @@ demo: $(VENV)/.installed-train ## Train the sinusoid for a minute, then evaluate
 
 test: $(VENV)/.installed-test ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+# The C++ backend's tests on an extension built with the sanitizers, in an environment that borrows the packages of VENV.
+# Leaks are not looked for: the interpreter and torch leave much behind.
+sanitize: $(SANITIZED)/.installed ## Run the C++ backend's tests with the address and undefined-behaviour sanitizers
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(SANITIZED)/bin/python -m pytest -q -p no:cacheprovider --capture=sys $(SANITIZE_TESTS) $(ARGS)
+
+$(SANITIZED)/.installed: $(INSTALLED_FROM) $(VENV)/.installed-test
+	$(BIN)/python -m venv $(SANITIZED)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
+	    "$$($(SANITIZED)/bin/python -c 'import site; print(site.getsitepackages()[0])')/borrowed.pth"
+	MAML_FAST_CPU=ON MAML_FAST_SANITIZE=address,undefined $(SANITIZED)/bin/python -m pip install \
+	    --disable-pip-version-check --no-deps --config-settings install.strip=false --editable .
+	@touch $@
 
 bench: $(VENV)/.installed-bench ## Run the benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)

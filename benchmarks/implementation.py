@@ -25,6 +25,13 @@ class MetaStep(NamedTuple):
     read: Callable[[Any], tuple[float, Gradient]]
 
 
+class Ceiling(NamedTuple):
+    """How many operations an implementation does, and how many a second its threads could do."""
+
+    flops: int
+    flops_per_second: float
+
+
 class Implementation(ABC):
     """One way to compute a meta-step.
 
@@ -44,6 +51,10 @@ class Implementation(ABC):
 
     def cannot(self, problem: Problem) -> str | None:
         """Why this implementation cannot run the problem on its device, or None if it should."""
+        return None
+
+    def ceiling(self, problem: Problem) -> Ceiling | None:
+        """What the arithmetic it does could take at best, where that is known."""
         return None
 
     @abstractmethod

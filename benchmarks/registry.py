@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from benchmarks.implementation import Implementation
-from benchmarks.ours import OurBackend
+from benchmarks.ours import OnOneThread, OurBackend, ValueAndGrad
 from benchmarks.peers import PEERS
 from maml_fast.plan import BACKENDS
 
@@ -17,7 +17,7 @@ from maml_fast.plan import BACKENDS
 def implementations() -> tuple[Implementation, ...]:
     """Every implementation, ours first."""
     ours = (OurBackend(name) for name in BACKENDS if name not in ("auto", "reference"))
-    return (*ours, *PEERS)
+    return (*ours, OnOneThread("cpu"), ValueAndGrad("cpu"), *PEERS)
 
 
 def implementation(name: str) -> Implementation:

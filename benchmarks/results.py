@@ -32,6 +32,8 @@ class Row:
     peak_bytes: int | None = None
     peak_reason: str = ""
     times: list[float] = field(default_factory=list)
+    ceiling_flops: int | None = None  # see `implementation.Ceiling`
+    ceiling_flops_per_second: float | None = None
 
     @classmethod
     def of(cls, case: Case, implementation: Implementation) -> Row:
@@ -57,6 +59,13 @@ class Row:
         return self.flops / self.median / 1e9
 
     @property
+    def share(self) -> float | None:
+        """Of the speed that the processor's multiply-adds reach, by the operations done."""
+        if self.ceiling_flops is None or self.ceiling_flops_per_second is None:
+            return None
+        return self.ceiling_flops / self.median / self.ceiling_flops_per_second
+
+    @property
     def worst_error(self) -> tuple[str, float] | None:
         return worst(self.errors) if self.errors else None
 
@@ -71,6 +80,7 @@ class Row:
                 "p80": high,
             }
             found["gflops"] = self.gflops
+            found["share_of_peak"] = self.share
         if self.worst_error:
             found["worst_tensor"] = self.worst_error[0]
         return found

@@ -72,6 +72,8 @@ def test_meta_step(
             pytest.fail(f"{verdict.status}: {verdict.reason}", pytrace=False)
         pytest.skip(f"{verdict.status}: {verdict.reason}")
     benchmark.pedantic(run, rounds=rounds, iterations=1)
+    if ceiling := measured.ceiling(problem_and_reference(case, settings.device)[0]):
+        row.ceiling_flops, row.ceiling_flops_per_second = ceiling
     row.status, row.reason = "timed", ""
 
 

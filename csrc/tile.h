@@ -306,9 +306,11 @@ class Tile {
         const View<T>&x = prelude_edges_[0].value[0], &q = prelude_edges_[0].value[1];
         load_rows(data.support_x, x, first, count, program_.rows);
         load_rows(data.query_x, q, first, count, program_.query_rows);
-        load_targets(data.support_y, passes_[0], first, count, program_.rows);
+        if (S) {  // without steps the one pass is the query's
+            load_targets(data.support_y, passes_[0], first, count, program_.rows);
+            set_weights(passes_[0].weights, L, program_.rows);
+        }
         load_targets(data.query_y, passes_[S], first, count, program_.query_rows);
-        if (S) set_weights(passes_[0].weights, L, program_.rows);
         set_weights(passes_[S].weights, Lanes::tasks ? count : L, program_.query_rows);
     }
     void load_rows(const RowData& from, const View<T>& to, Index first, Index count, Index rows) const {
