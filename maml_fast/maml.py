@@ -195,7 +195,7 @@ class MAML(nn.Module):
             planned, problem = self._prepare(batch, self.inner_steps, detached=False)
             outcome, found, rates = self._run_with_gradients(planned.plan, problem, batch)
             loss = _reduce(outcome.task_losses, self.reduction)
-        gradients = {f"model.{name}": gradient for name, gradient in found.items()}
+        gradients = dict(zip(planned.own_names, found.values(), strict=True))
         if rates:
             owned = {id(p): name for name, p in self.named_parameters()}
             for rate, gradient in zip(self.rates.learning(), rates, strict=True):
@@ -205,10 +205,14 @@ class MAML(nn.Module):
         return MetaStepResult(loss, *rest), gradients
 
     def _run(self, plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:
-        with using(self.model, plan), plain(batch.support_x.device.type, plan.backend):
+        if plan.backend == "cpu":  # records nothing, and puts nothing into the model
             outcome = meta_step.run(plan, problem, batch, gradient)
-            if not outcome.finite:
-                check_finite(plan, problem, batch, outcome)
+            if outcome.finite:
+                return outcome
+        with using(self.model, plan), plain(batch.support_x.device.type):
+            if plan.backend != "cpu":
+                outcome = meta_step.run(plan, problem, batch, gradient)
+            check_finite(plan, problem, batch, outcome)
         return outcome
 
     def _run_with_gradients(

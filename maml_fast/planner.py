@@ -35,6 +35,7 @@ class Planned:
     def __post_init__(self) -> None:
         adapting = {name: p for name, p in self.named.items() if p.requires_grad}
         self.adapting_names, self.adapting = tuple(adapting), list(adapting.values())
+        self.own_names = [f"model.{name}" for name in adapting]  # of `MAML.named_parameters()`
 
     def try_out(self, problem: Problem, batch: TaskBatch) -> bool:
         """Try the plan on the first task; "auto" takes functional where a planned one is wrong.
@@ -57,17 +58,27 @@ class Planner:
     def __init__(self) -> None:
         self._plans: OrderedDict[Any, Planned] = OrderedDict()
         self._calls: OrderedDict[Any, Planned] = OrderedDict()
+        self._latest: tuple[Any, Planned | None] = None, None
 
     def remember(self, call: Any, planned: Planned) -> None:
         """A call that was checked, and whose plan was tried: `recall` gives the plan at once."""
         if call is not None:
+            self._latest = call, planned
             self._calls[call] = planned
             if len(self._calls) > PLANS_KEPT:
                 self._calls.popitem(last=False)
 
     def recall(self, call: Any) -> Planned | None:
         """The plan of a call like this one."""
-        return None if call is None else self._calls.get(call)
+        latest, planned = self._latest
+        if call is None:
+            return None
+        if call == latest:  # most often so, and comparing is quicker than hashing
+            return planned
+        planned = self._calls.get(call)
+        if planned is not None:
+            self._latest = call, planned
+        return planned
 
     def __reduce__(self) -> tuple[type[Planner], tuple[()]]:
         return Planner, ()

@@ -5,7 +5,7 @@ Dimensions: T tasks, N support rows a task, M query rows a task, S inner steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -89,6 +89,9 @@ class FlatGradients(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._made()[name]
+
+    def values(self) -> ValuesView[Tensor]:
+        return self._made().values()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

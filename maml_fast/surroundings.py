@@ -30,14 +30,8 @@ def using(model: nn.Module, plan: Plan | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def plain(device_type: str, backend: str = "") -> Iterator[None]:
-    """Neither autocast nor inference mode nor a graph: the backends record what they need.
-
-    Backend "cpu" records nothing, and inside a graph's own forward nothing else is to be done.
-    """
-    if backend == "cpu" and not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        yield
-        return
+def plain(device_type: str) -> Iterator[None]:
+    """Neither autocast nor inference mode nor a graph: the backends record what they need."""
     with (
         torch.inference_mode(False),
         torch.no_grad(),

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tomllib
@@ -115,6 +116,33 @@ def test_instruction_sets_are_those_of_the_kernel() -> None:
         if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
             expected.append("avx512")
     assert cpu_features.instruction_sets() == expected
+
+
+@pytest.mark.skipif(
+    shutil.which("c++") is None or shutil.which("nm") is None, reason="needs c++ and nm"
+)
+def test_an_instruction_set_keeps_its_code_to_itself(tmp_path: Path) -> None:
+    """Of a function that several objects have, the linker keeps one: none may be compiled with one
+    instruction set and be found by code for another."""
+    needs_extension()
+    arm = platform.machine().lower() in ("aarch64", "arm64")
+    name, vector_bytes, registers = ("neon", 16, 32) if arm else ("avx2", 32, 16)
+    object_file = tmp_path / "engine.o"
+    subprocess.run(
+        [
+            *("c++", "-std=c++17", "-O2", "-Wno-psabi", *([] if arm else ["-mavx2", "-mfma"])),
+            *(f"-DMAML_FAST_{key}" for key in (f"ISA={name}", f"VECTOR_BYTES={vector_bytes}")),
+            *(f"-DMAML_FAST_REGISTERS={registers}", "-I", ROOT / "csrc"),
+            *("-c", ROOT / "csrc" / "meta_step.cpp", "-o", object_file),
+        ],
+        check=True,
+    )
+    listed = subprocess.run(
+        ["nm", "--demangle", object_file], check=True, capture_output=True, text=True
+    ).stdout
+    weak = [line.split(" W ")[1] for line in listed.splitlines() if " W " in line]
+    assert len(weak) > 100
+    assert [symbol for symbol in weak if f"maml_fast::{name}::" not in symbol] == []
 
 
 def test_missing_extension_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
