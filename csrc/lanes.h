@@ -6,6 +6,8 @@
 // are vectors in the first layout and plain numbers in the second, and `unit` is their size.
 #pragma once
 
+#include <new>
+
 #include "simd.h"
 
 namespace maml_fast::MAML_FAST_ISA {
@@ -75,6 +77,27 @@ class Arena {
    private:
     char* base_;
     Index used_ = 0;
+};
+
+// What an arena lies in: memory aligned to a cache line, kept until more is wanted.
+struct Block {
+    char* p = nullptr;
+    Index bytes = 0;
+    Block() = default;
+    Block(const Block&) = delete;
+    Block& operator=(const Block&) = delete;
+    ~Block() { release(); }
+    void fit(Index wanted) {
+        if (bytes >= wanted) return;
+        release();
+        p = static_cast<char*>(::operator new(static_cast<std::size_t>(wanted), std::align_val_t(64)));
+        bytes = wanted;
+    }
+    void release() {
+        if (p) ::operator delete(p, std::align_val_t(64));
+        p = nullptr;
+        bytes = 0;
+    }
 };
 
 // One column: lane j gets the row at rows[j], [features], or zeros where that is null.

@@ -36,6 +36,17 @@ constexpr Index padded_features(Index features) {
     return spread<T>(ceil_div(features, LANES<T>));
 }
 
+// A product whose result is z; its sums are still to be given.
+template <class T>
+Product<T> into(const View<T>& z, Base<T> base = {}, Gate<T> gate = {}) {
+    Product<T> p;
+    p.base = base;
+    p.gate = gate;
+    p.c = z.p;
+    p.c_by_a = z.by_feature;
+    return p;
+}
+
 // Masks a result like that of a ReLU whose output is y.
 template <class T>
 Gate<T> mask_by(const View<T>& y) {
@@ -51,11 +62,9 @@ Sum<T> times(Operand<T> left, const View<T>& x) {
 // g[m][n] = alpha * sum_i h[i][m] x[i][n]: m runs over the rows of h, each a unit.
 template <class T, class Lanes>
 void gram(const View<T>& h, const View<T>& x, const View<T>& g, T alpha) {
-    Product<T> p;
+    Product<T> p = into(g);
     p.first = times<T>({h.p, Lanes::unit, h.by_feature, Lanes::tasks}, x);
     p.alpha = alpha;
-    p.c = g.p;
-    p.c_by_a = g.by_feature;
     product<T>(Lanes::units(h.columns), x.columns, p);
 }
 // l g, where column m of l is a row of g.
@@ -77,12 +86,8 @@ void add_run(const Run<T>& run, const View<T>& x, const View<T>& z, const Worksp
              Base<T> base) {
     const View<T> g = workspace.view(Lanes::units(run.r.columns), x.columns);
     gram<T, Lanes>(run.r, x, g, run.alpha);
-    Product<T> p;
+    Product<T> p = into(z, base, gate);
     p.first = applied<T, Lanes>(run.l, g);
-    p.base = base;
-    p.gate = gate;
-    p.c = z.p;
-    p.c_by_a = z.by_feature;
     product<T>(z.features, z.columns, p);
 }
 
@@ -227,12 +232,8 @@ class LinearStage : public Stage<T> {
     Operand<T> shared_transposed() const { return {static_cast<const T*>(layer.weight), 1, I, false}; }
 
     static void multiply(Operand<T> left, const View<T>& x, const View<T>& z, Base<T> base, Gate<T> gate) {
-        Product<T> p;
+        Product<T> p = into(z, base, gate);
         p.first = times<T>(left, x);
-        p.base = base;
-        p.gate = gate;
-        p.c = z.p;
-        p.c_by_a = z.by_feature;
         product<T>(z.features, x.columns, p);
     }
 };

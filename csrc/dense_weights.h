@@ -1,0 +1,156 @@
+// Dense fast weights: each task has its own, see fast_weights.h.
+#pragma once
+
+#include "fast_weights.h"
+
+namespace maml_fast::MAML_FAST_ISA {
+
+// Weights [O][I] of units, formed at every step but the first, where all tasks share them.
+template <class T, class Lanes>
+class DenseLinear final : public FastLinear<T, Lanes> {
+    using Base_ = FastLinear<T, Lanes>;
+    using Base_::I;
+    using Base_::in;
+    using Base_::layer;
+    using Base_::O;
+    using Base_::out;
+    using Base_::S;
+    using Base_::U;
+
+   public:
+    DenseLinear(const Layer& layer, const Program& program, bool first, Workspace<T>& workspace)
+        : Base_(layer, program, first, workspace), keeps_steps(program.gradient) {}
+
+    void allocate(Arena& arena) override {
+        Base_::allocate(arena);
+        weights.resize(S + 1);
+        for (Index k = 1; k <= S; ++k) {
+            if (k == 1 || keeps_steps)
+                weights[k] = {arena.template take<T>(O * stride() * U)};
+            else
+                weights[k] = weights[1];
+        }
+        if (keeps_steps) adjoint = arena.template take<T>(O * stride() * U);
+        this->workspace.needs(outer_workspace<T, Lanes>(I, larger(in->columns, in->query_columns)));
+    }
+
+    void descend(Index k) override {
+        this->descend_bias(k);
+        T* next = weights[k + 1].p;
+        const T *shared = static_cast<const T*>(layer.weight), *from = k ? weights[k].p : shared;
+        const T rate = this->weight_rate(k);
+        if constexpr (Lanes::tasks) {
+            const Base<T> base = k ? onto(from) : Base<T>{Base<T>::number, from, I, 1};
+            own(outer<T>(out->cotangent[k], in->value[k]), {}, next, -rate, base);
+        } else {
+            for (Index o = 0; o < O; ++o)
+                if (const T* row = from + o * (k ? stride() : I); row != next + o * stride())
+                    std::memcpy(next + o * stride(), row, I * sizeof(T));
+            outer_by_rows<T>(out->cotangent[k], in->value[k], next, stride(), -rate, true, this->workspace);
+        }
+    }
+    void begin_adjoint() override {
+        Base_::begin_adjoint();
+        const View<T>&d = out->cotangent[S], &a = in->value[S];
+        if constexpr (Lanes::tasks)
+            own(outer<T>(d, a), {}, adjoint, 1, {});
+        else
+            outer_by_rows<T>(d, a, adjoint, stride(), 1, false, this->workspace);
+    }
+    void pull_back(Index k) override {
+        Base_::pull_back(k);
+        const View<T>&t_d = out->t_cotangent[k], &a = in->value[k], &d = out->cotangent[k];
+        if constexpr (Lanes::tasks) {
+            own(outer<T>(t_d, a), this->first ? Sum<T>{} : outer<T>(d, in->tangent[k]), adjoint, 1, onto(adjoint));
+        } else {
+            outer_by_rows<T>(t_d, a, adjoint, stride(), 1, true, this->workspace);
+            if (!this->first) outer_by_rows<T>(d, in->tangent[k], adjoint, stride(), 1, true, this->workspace);
+        }
+    }
+    void add_gradient(T* weight, T* bias) override {
+        this->add_bias_gradient(bias);
+        if constexpr (Lanes::tasks) {
+            constexpr Index L = LANES<T>;
+            const Index count = O * I;
+            Index i = 0;
+            for (; i + L <= count; i += L) {
+                Vec<T> v[L];
+                MAML_FAST_UNROLL
+                for (Index j = 0; j < L; ++j) v[j] = load(adjoint + (i + j) * L);
+                store(weight + i, load(weight + i) + lane_sums<T>(v));
+            }
+            for (; i < count; ++i) weight[i] += lane_sum<T>(load(adjoint + i * L));
+        } else {
+            for (Index o = 0; o < O; ++o)
+                for (Index i = 0; i < I; ++i) weight[o * I + i] += adjoint[o * stride() + i];
+        }
+    }
+    Index sum_length() const override { return O * I; }
+    Index sum_place(Index o, Index i) const override { return o * I + i; }
+    Index sum_run(Index i) const override { return I - i; }
+    void adapted_row(Index o, T* row) override {
+        if (S)
+            std::memcpy(row, weights[S].p + o * stride() * U, I * U * sizeof(T));
+        else
+            this->shared_row(o, row);
+    }
+
+   protected:
+    void times(Index k, const View<T>& x, const View<T>& z, Base<T> base, Gate<T> gate) override {
+        this->multiply(weight(k), x, z, base, gate);
+    }
+    void times_transposed(Index k, const View<T>& d, const View<T>& dx, Gate<T> gate) override {
+        this->multiply(transposed(weight(k)), d, dx, {}, gate);
+    }
+    void times_both(Index k, const View<T>* t, const View<T>& x, T alpha, const View<T>& z, Base<T> base,
+                    Gate<T> gate) override {
+        both(t ? MAML_FAST_ISA::times<T>(weight(k), *t) : Sum<T>{}, MAML_FAST_ISA::times<T>(own_operand(adjoint), x), alpha, z,
+             base, gate);
+    }
+    void times_both_transposed(Index k, const View<T>& t, const View<T>& d, T alpha, const View<T>& dx,
+                               Gate<T> gate) override {
+        both(MAML_FAST_ISA::times<T>(transposed(weight(k)), t), MAML_FAST_ISA::times<T>(transposed(own_operand(adjoint)), d),
+             alpha, dx, {}, gate);
+    }
+
+   private:
+    // Units from one row of weights to the next.
+    Index stride() const { return Lanes::tasks ? I : padded_features<T>(I); }
+    Base<T> onto(const T* weights) const { return {Base<T>::vector, weights, stride() * U, LANES<T>}; }
+    Operand<T> own_operand(const T* weights) const { return {weights, stride() * U, U, Lanes::tasks}; }
+    Operand<T> weight(Index k) const { return k ? own_operand(weights[k].p) : this->shared_weight(); }
+    static Operand<T> transposed(Operand<T> w) { return {w.p, w.by_k, w.by_a, w.vectors}; }
+
+    // z = gate(weight + alpha adjoint + base), in one product if both are of one kind.
+    static void both(Sum<T> weight, Sum<T> adjoint, T alpha, const View<T>& z, Base<T> base, Gate<T> gate) {
+        Product<T> p = into(z, base, gate);
+        p.first = adjoint;
+        p.alpha = alpha;
+        if (weight.terms && weight.left.vectors != adjoint.left.vectors) {
+            Product<T> q = into(z, base);
+            q.first = weight;
+            product<T>(z.features, z.columns, q);
+            p.base = MAML_FAST_ISA::onto(z);
+        } else {
+            p.second = weight;
+        }
+        product<T>(z.features, z.columns, p);
+    }
+    // Weights of each task's own: c = alpha * first + second + base.
+    void own(Sum<T> first, Sum<T> second, T* c, T alpha, Base<T> base) const {
+        Product<T> p;
+        p.first = first;
+        p.alpha = alpha;
+        p.second = second;
+        p.base = base;
+        p.c = c;
+        p.c_by_a = stride() * U;
+        product<T>(O, I, p);
+    }
+
+    const bool keeps_steps;
+    std::vector<Numbers<T>> weights;  // [S + 1]; the first is the shared one, and not kept here
+    T* adjoint = nullptr;
+};
+
+}  // namespace maml_fast::MAML_FAST_ISA
