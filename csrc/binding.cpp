@@ -67,25 +67,25 @@ struct Builder {
     Program program;
 
     Builder(const std::string& loss, const std::string& layout, std::int64_t steps, std::int64_t rows, std::int64_t query_rows,
-            std::int64_t in_features, std::int64_t out_features, bool first_order, bool gradient, bool exports) {
+            std::int64_t in_features, bool first_order, bool gradient, bool exports) {
         program.loss = named(LOSSES, loss, "loss");
         program.layout = named(LAYOUTS, layout, "layout");
         program.steps = steps;
         program.rows = rows;
         program.query_rows = query_rows;
         program.in_features = in_features;
-        program.out_features = out_features;
         program.first_order = first_order;
         program.gradient = gradient;
         program.exports = exports;
     }
-    void linear(std::int64_t in_features, std::int64_t out_features, bool has_bias, const std::string& form, bool prelude,
-                bool learns_rates) {
+    void linear(std::int64_t in_features, std::int64_t out_features, bool has_bias, bool weight_adapts,
+                const std::string& form, bool prelude, bool learns_rates) {
         Layer layer;
         layer.kind = Kind::linear;
         layer.in_features = in_features;
         layer.out_features = out_features;
         layer.has_bias = has_bias;
+        layer.weight_adapts = weight_adapts;
         layer.form = named(FORMS, form, "form");
         layer.prelude = prelude;
         layer.learns_rates = learns_rates;
@@ -191,12 +191,12 @@ NB_MODULE(_cpu, m) {
           "The four rules of an activation on flat arrays: x, dy, t_x, t_dy -> y, dx, t_y, t_dx.");
 
     nb::class_<Builder>(m, "Builder")
-        .def(nb::init<const std::string&, const std::string&, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
-                      std::int64_t, bool, bool, bool>(),
+        .def(nb::init<const std::string&, const std::string&, std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool,
+                      bool, bool>(),
              nb::arg("loss"), nb::arg("layout"), nb::arg("steps"), nb::arg("rows"), nb::arg("query_rows"),
-             nb::arg("in_features"), nb::arg("out_features"), nb::arg("first_order"), nb::arg("gradient"), nb::arg("exports"))
-        .def("linear", &Builder::linear, nb::arg("in_features"), nb::arg("out_features"), nb::arg("has_bias"), nb::arg("form"),
-             nb::arg("prelude"), nb::arg("learns_rates"))
+             nb::arg("in_features"), nb::arg("first_order"), nb::arg("gradient"), nb::arg("exports"))
+        .def("linear", &Builder::linear, nb::arg("in_features"), nb::arg("out_features"), nb::arg("has_bias"),
+             nb::arg("weight_adapts"), nb::arg("form"), nb::arg("prelude"), nb::arg("learns_rates"))
         .def("pointwise", &Builder::pointwise, nb::arg("name"), nb::arg("constants"), nb::arg("prelude"))
         .def("reshape", &Builder::reshape, nb::arg("merge"), nb::arg("positions"), nb::arg("prelude"))
         .def("prepare", &Builder::prepare, nb::arg("instruction_set"), nb::arg("doubles"));

@@ -57,13 +57,15 @@ class Chain {
     std::unique_ptr<Stage<T>> new_stage(const Layer& layer, bool& adapts) {
         switch (layer.kind) {
             case Kind::pointwise: return std::unique_ptr<Stage<T>>(new_pointwise<T>(layer));
-            case Kind::merge_rows: return std::unique_ptr<Stage<T>>(new MergeRows<T>());
-            case Kind::split_rows: return std::unique_ptr<Stage<T>>(new SplitRows<T>());
+            case Kind::merge_rows: return std::unique_ptr<Stage<T>>(new MergeRows<T>(layer.positions));
+            case Kind::split_rows: return std::unique_ptr<Stage<T>>(new SplitRows<T>(layer.positions));
             case Kind::linear: break;
         }
         if (layer.form == Form::shared) return std::unique_ptr<Stage<T>>(new SharedLinear<T, Lanes>(layer));
         FastLinear<T, Lanes>* made;
-        if (layer.form == Form::dense)
+        if (!layer.weight_adapts)
+            made = new BiasLinear<T, Lanes>(layer, program, !adapts, workspace_);
+        else if (layer.form == Form::dense)
             made = new DenseLinear<T, Lanes>(layer, program, !adapts, workspace_);
         else if (!adapts)
             made = new FactoredInput<T, Lanes>(layer, program, true, workspace_);

@@ -75,16 +75,18 @@ class FastLinear : public LinearStage<T, Lanes> {
     // dloss/deta_k = -<g_k, Lam>, of weight and bias: g_k = D_k A_k^T, so it is sum(D_k * (Lam A_k)).
     void add_rate_gradients(Index k, double* by_weight, double* by_bias) {
         const View<T>& d = out->cotangent[k];
-        const View<T>& product = rate_product;
-        times_both(k, nullptr, in->value[k], 1, product, {}, {});
-        for (Index o = 0; o < O; ++o) {
-            Vec<T> sum{};
-            for (Index n = 0; n < d.numbers(); n += LANES<T>)
-                sum += load(d.p + o * d.by_feature + n) * load(product.p + o * product.by_feature + n);
-            by_weight[k] -= lanes_in_double(sum);
+        if (layer.weight_adapts) {
+            const View<T>& lam_x = rate_product;
+            times_both(k, nullptr, in->value[k], 1, lam_x, {}, {});
+            for (Index o = 0; o < O; ++o) {
+                Vec<T> sum{};
+                for (Index n = 0; n < d.numbers(); n += LANES<T>)
+                    sum += load(d.p + o * d.by_feature + n) * load(lam_x.p + o * lam_x.by_feature + n);
+                by_weight[k] -= lanes_in_double(sum);
+            }
         }
         if (!layer.has_bias) return;
-        T* sums = product.p;
+        T* sums = rate_product.p;
         column_sums<T, Lanes>(d, sums, false);
         for (Index i = 0; i < O * U; ++i) by_bias[k] -= static_cast<double>(sums[i]) * bias_adjoint[i];
     }
@@ -154,6 +156,40 @@ class FastLinear : public LinearStage<T, Lanes> {
     std::vector<Numbers<T>> biases;  // [S + 1] of [O] units; the first is the shared one, and not kept here
     T* bias_adjoint = nullptr;
     View<T> rate_product;
+};
+
+// Only the bias adapts; the weight stays the one that the tasks share.
+template <class T, class Lanes>
+class BiasLinear final : public FastLinear<T, Lanes> {
+    using Base_ = FastLinear<T, Lanes>;
+
+   public:
+    using Base_::Base_;
+
+    void descend(Index k) override { this->descend_bias(k); }
+    void add_gradient(T*, T* bias) override { this->add_bias_gradient(bias); }
+    Index sum_length() const override { return 0; }
+    void adapted_row(Index o, T* row) override { this->shared_row(o, row); }
+
+   protected:
+    void times(Index, const View<T>& x, const View<T>& z, Base<T> base, Gate<T> gate) override {
+        this->multiply(this->shared_weight(), x, z, base, gate);
+    }
+    void times_transposed(Index, const View<T>& d, const View<T>& dx, Gate<T> gate) override {
+        this->multiply(this->shared_transposed(), d, dx, {}, gate);
+    }
+    // Of Lam there is the bias's part alone, and that is in the base.
+    void times_both(Index, const View<T>* t, const View<T>&, T, const View<T>& z, Base<T> base, Gate<T> gate) override {
+        Product<T> p = into(z, base, gate);
+        if (t)
+            p.first = MAML_FAST_ISA::times<T>(this->shared_weight(), *t);
+        else
+            p.first.right.by_b = LANES<T>;  // no terms
+        product<T>(z.features, z.columns, p);
+    }
+    void times_both_transposed(Index k, const View<T>& t, const View<T>&, T, const View<T>& dx, Gate<T> gate) override {
+        times_transposed(k, t, dx, gate);
+    }
 };
 
 }  // namespace maml_fast::MAML_FAST_ISA

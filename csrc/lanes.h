@@ -100,7 +100,7 @@ struct Block {
     }
 };
 
-// One column: lane j gets the row at rows[j], [features], or zeros where that is null.
+// One column: lane j gets the row at rows[j], [features].
 template <class T>
 void load_column(const T* const* rows, const View<T>& to, Index column) {
     constexpr Index L = LANES<T>;
@@ -108,12 +108,12 @@ void load_column(const T* const* rows, const View<T>& to, Index column) {
     Index f = 0;
     for (; f + L <= to.features; f += L) {
         Vec<T> v[L];
-        for (Index j = 0; j < L; ++j) v[j] = rows[j] ? load(rows[j] + f) : Vec<T>{};
+        for (Index j = 0; j < L; ++j) v[j] = load(rows[j] + f);
         transpose<T>(v);
         for (Index j = 0; j < L; ++j) store(out + (f + j) * to.by_feature, v[j]);
     }
     for (; f < to.features; ++f)
-        for (Index j = 0; j < L; ++j) out[f * to.by_feature + j] = rows[j] ? rows[j][f] : T(0);
+        for (Index j = 0; j < L; ++j) out[f * to.by_feature + j] = rows[j][f];
 }
 
 // The way back; rows that are null are left out.

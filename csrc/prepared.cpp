@@ -16,21 +16,27 @@ const Engine& engine_named(const std::string& instruction_set) {
 }
 
 Prepared::Prepared(Program program, const std::string& instruction_set, bool doubles)
-    : program_(new Program(std::move(program))),
+    : description_(std::move(program)),
+      program_(new Program(description_)),
       engine_(engine_named(instruction_set)),
       doubles_(doubles),
       age_(Pool::process_age()),
       running_(new std::mutex()),
       session_(engine_.open(*program_, doubles)) {}
 
-// Whoever held the lock or was changing the memory may not exist in this process: both are left where they are.
+// Whoever held the lock or was changing program and memory may not exist in this process: all are left where they are. The
+// first of several threads to come does it.
 void Prepared::start_anew() {
+    static std::mutex renewing;
+    const std::lock_guard<std::mutex> lock(renewing);
+    if (age_.load() == Pool::process_age()) return;
     (void)running_.release();
     (void)session_.release();
-    program_.reset(new Program(*program_.release()));
+    (void)program_.release();
+    program_.reset(new Program(description_));
     running_.reset(new std::mutex());
     session_.reset(engine_.open(*program_, doubles_));
-    age_ = Pool::process_age();
+    age_.store(Pool::process_age());
 }
 
 }  // namespace maml_fast

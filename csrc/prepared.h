@@ -1,6 +1,7 @@
 // A program with what runs it: what a caller holds.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -22,7 +23,7 @@ class Prepared {
     // of a fork it begins with new memory and threads. Returns whether all losses and gradients are finite.
     template <class Fill>
     bool run(const Fill& fill, const TaskData& data, int threads) {
-        if (age_ != Pool::process_age()) start_anew();
+        if (age_.load() != Pool::process_age()) start_anew();
         const std::lock_guard<std::mutex> lock(*running_);
         fill(program_->layers);
         return session_->run(data, Pool::of_process(), threads);
@@ -30,17 +31,18 @@ class Prepared {
 
     std::size_t linear_layers() const {
         std::size_t count = 0;
-        for (const Layer& layer : program_->layers) count += layer.kind == Kind::linear;
+        for (const Layer& layer : description_.layers) count += layer.kind == Kind::linear;
         return count;
     }
 
    private:
     void start_anew();
 
+    const Program description_;  // as it was given: no call writes to it
     std::unique_ptr<Program> program_;
     const Engine& engine_;
     bool doubles_;
-    std::uint64_t age_;
+    std::atomic<std::uint64_t> age_;
     std::unique_ptr<std::mutex> running_;
     std::unique_ptr<Session> session_;
 };

@@ -27,6 +27,7 @@ struct Layer {
 
     Form form = Form::shared;
     bool has_bias = false;
+    bool weight_adapts = false;
     bool learns_rates = false;           // whether rate_gradients is wanted
     std::vector<double> weight_rates;    // [S]; empty: the weight does not adapt
     std::vector<double> bias_rates;      // [S]; empty: the bias does not adapt
@@ -50,7 +51,6 @@ struct Program {
     std::int64_t rows = 1;          // N
     std::int64_t query_rows = 1;    // M
     std::int64_t in_features = 1;   // of a row of the data
-    std::int64_t out_features = 1;  // of a row of the prediction
     bool first_order = false;
     bool gradient = true;
     bool exports = false;  // whether the adapted parameters are wanted

@@ -1,6 +1,6 @@
 // Vectors of the compiler's own type, and what is done across their lanes. Compiled once for each instruction set,
 // in a namespace of its own: the linker must never put code for one processor into the program of another. For the same
-// reason nothing here, or in what includes this, uses a template of the standard library.
+// reason, templates of the standard library are used on types of that namespace only.
 //
 // L lanes of type T in a vector.
 #pragma once

@@ -58,15 +58,16 @@ class Tile {
 
     // ---- data
 
-    // What fills lane j of a column: a row of one of the tasks. Lanes beyond the last task repeat it, with weight 0 in the
-    // query, so that nothing of them is counted; lanes beyond a task's last row stay empty.
+    // What fills lane j of a column: a row of one of the tasks. Lanes beyond the last task, or beyond a task's last row, repeat
+    // it; `set_weights` sees that they count for nothing.
     struct Row {
-        Index task, row;  // row -1: none
+        Index task, row;
+        bool repeats;
     };
     Row row_at(Index column, Index lane, Index first, Index count, Index rows) const {
-        if (Lanes::tasks) return {first + smaller(lane, count - 1), column};
+        if (Lanes::tasks) return {first + smaller(lane, count - 1), column, lane >= count};
         const Index row = column * L + lane;
-        return {first, row < rows ? row : -1};
+        return {first, smaller(row, rows - 1), row >= rows};
     }
 
     void load(const TaskData& data, Index first, Index count) {
@@ -85,8 +86,7 @@ class Tile {
             const T* starts[L];
             for (Index lane = 0; lane < L; ++lane) {
                 const Row at = row_at(column, lane, first, count, rows);
-                const T* start = static_cast<const T*>(from.p) + at.task * from.by_task;
-                starts[lane] = at.row < 0 ? nullptr : start + at.row * from.by_row;
+                starts[lane] = static_cast<const T*>(from.p) + at.task * from.by_task + at.row * from.by_row;
             }
             load_column<T>(starts, to, column);
         }
@@ -98,9 +98,7 @@ class Tile {
         for (Index column = 0; column < pass.y.columns; ++column)
             for (Index lane = 0; lane < L; ++lane) {
                 const Row at = row_at(column, lane, first, count, rows);
-                const bool none = at.row < 0;
-                pass.y.p[column * L + lane] =
-                    none ? T(0) : static_cast<T>(classes[at.task * from.by_task + at.row * from.by_row]);
+                pass.y.p[column * L + lane] = static_cast<T>(classes[at.task * from.by_task + at.row * from.by_row]);
             }
     }
     // 1 / rows in the lanes that count.
@@ -146,8 +144,7 @@ class Tile {
             T* starts[L];
             for (Index lane = 0; lane < L; ++lane) {
                 const Row at = row_at(column, lane, first, count, rows);
-                const bool none = at.row < 0 || (Lanes::tasks && lane >= count);
-                starts[lane] = none ? nullptr : outputs + (at.task * rows + at.row) * z.features;
+                starts[lane] = at.repeats ? nullptr : outputs + (at.task * rows + at.row) * z.features;
             }
             store_column<T>(z, column, starts);
         }
@@ -156,6 +153,7 @@ class Tile {
     }
 
     void pull_back(const Partial<T>& sums) {
+        if (chain_.fast.empty()) return;
         backward(S);
         for (FastLinear<T, Lanes>* layer : chain_.fast) layer->begin_adjoint();
         for (Index k = S - 1; k >= 0; --k) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ def refusals(layers: Sequence[LayerPlan], shapes: Shapes) -> list[str]:
 
 
 def plan_for_cpu(
-    layers: Sequence[LayerPlan], asked: Asked, shapes: Shapes, output: tuple[int, ...]
+    layers: Sequence[LayerPlan], asked: Asked, shapes: Shapes, adapting: Collection[str]
 ) -> tuple[list[LayerPlan], CpuPlan]:
     """The layers with forms that suit the C++ engine, and its plan."""
     name = cpu_features.instruction_set()
@@ -92,12 +92,19 @@ def plan_for_cpu(
         planned.append(layer)
     cycles = cpu_cost.total_cycles(choice, shapes.tasks, threads=1)
     plan = CpuPlan(name, choice.layout, choice.tile_tasks, 0, 0, cycles, machine.lanes)
-    loss = asked.loss if isinstance(asked.loss, str) else "mse"
-    steps, rows, query_rows = asked.inner_steps, shapes.support[0], shapes.query[0]
+    assert isinstance(asked.loss, str)  # `plan_layers` refuses others
     variant = Variant(
-        loss, steps, rows, query_rows, asked.first_order, True, False, (), frozenset()
+        asked.loss,
+        asked.inner_steps,
+        shapes.support[0],
+        shapes.query[0],
+        asked.first_order,
+        gradient=True,
+        exports=False,
+        adapting=tuple(adapting),
+        learning=frozenset(),
     )
-    sizes = prepare(planned, plan, variant, shapes, output).sizes(shapes.tasks)
+    sizes = prepare(planned, plan, variant, shapes).sizes(shapes.tasks)
     return planned, replace(plan, arena_bytes=sizes["arena_bytes"], chunks=sizes["chunks"])
 
 
@@ -106,9 +113,8 @@ def prepare(
     plan: CpuPlan,
     variant: Variant,
     shapes: Shapes,
-    output: tuple[int, ...],
 ) -> Any:
-    """The `_cpu.Prepared` that runs these layers; `output` is the shape of a prediction."""
+    """The `_cpu.Prepared` that runs these layers."""
     builder = cpu_features.extension().Builder(
         loss=variant.loss,
         layout=plan.layout,
@@ -116,7 +122,6 @@ def prepare(
         rows=variant.rows,
         query_rows=variant.query_rows,
         in_features=math.prod(shapes.support[1:]),
-        out_features=math.prod(output[1:]),
         first_order=variant.first_order,
         gradient=variant.gradient,
         exports=variant.exports,
@@ -128,6 +133,7 @@ def prepare(
                 in_features=op.in_features,
                 out_features=op.out_features_,
                 has_bias=op.bias is not None,
+                weight_adapts=op.weight in variant.adapting,
                 form=layer.form,
                 prelude=prelude,
                 learns_rates=not variant.learning.isdisjoint((op.weight, op.bias)),

@@ -193,7 +193,10 @@ class MAML(nn.Module):
         with torch.no_grad():
             batch = TaskBatch(*map(recordable, (support_x, support_y, query_x, query_y)))
             planned, problem = self._prepare(batch, self.inner_steps, detached=False)
-            outcome, found, rates = self._run_with_gradients(planned.plan, problem, batch)
+            if planned.adapting:
+                outcome, found, rates = self._run_with_gradients(planned.plan, problem, batch)
+            else:
+                outcome, found, rates = self._run(planned.plan, problem, batch, False), {}, []
             loss = _reduce(outcome.task_losses, self.reduction)
         gradients = dict(zip(planned.own_names, found.values(), strict=True))
         if rates:
@@ -205,12 +208,13 @@ class MAML(nn.Module):
         return MetaStepResult(loss, *rest), gradients
 
     def _run(self, plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:
-        if plan.backend == "cpu":  # records nothing, and puts nothing into the model
+        quick = plan.backend == "cpu" and not torch.is_inference_mode_enabled()
+        if quick:  # it records nothing, and puts nothing into the model
             outcome = meta_step.run(plan, problem, batch, gradient)
             if outcome.finite:
                 return outcome
         with using(self.model, plan), plain(batch.support_x.device.type):
-            if plan.backend != "cpu":
+            if not quick:
                 outcome = meta_step.run(plan, problem, batch, gradient)
             check_finite(plan, problem, batch, outcome)
         return outcome
@@ -305,7 +309,7 @@ class MAML(nn.Module):
     def _call(self, batch: TaskBatch, inner_steps: int) -> tuple[Any, ...] | None:
         """All that `check_batch`, `check_targets` and a plan depend on: a call that was right once
         is not looked at again."""
-        if not all(type(tensor) in PLAIN_TENSORS for tensor in batch):
+        if not all(type(t) in PLAIN_TENSORS and not t.is_nested for t in batch):
             return None
         return (
             *((t.shape, t.dtype, t.device, t.layout, t.requires_grad) for t in batch),

@@ -22,7 +22,7 @@ from maml_fast.trace import batching_refusals
 
 BACKENDS = ("auto", "triton", "cpu", "torch", "functional", "reference")
 PLANNED = ("cpu", "torch")  # that run a chain of operations with fast weights in forms
-CHOSEN_CPU = ("cpu", "the fastest that plans every layer")
+CHOSEN_CPU = ("cpu", "plans every layer")
 FAST_WEIGHTS = ("auto", "factored", "dense")
 
 # What a pass may keep at once; more tasks than fit are taken in several passes. On a CPU small
@@ -117,7 +117,7 @@ def make_plan(
             backend, reason = "functional", "the planned backends cannot run this model (below)"
     cpu = None
     if backend == "cpu":
-        layers, cpu = cpu_plan.plan_for_cpu(layers, asked, shapes, output)
+        layers, cpu = cpu_plan.plan_for_cpu(layers, asked, shapes, adapting)
     elif backend == "torch":
         layers = [_with_form(layer, asked, shapes) for layer in layers]
     if backend not in PLANNED and asked.fast_weights != "auto":

@@ -286,7 +286,7 @@ def signature(model: nn.Module) -> tuple[Any, ...]:
                 add((key, len(value)))
         for key, p in module._parameters.items():
             if p is not None:
-                add((key, id(p), p.requires_grad, p.shape, p.dtype))
+                add((key, id(p), p.requires_grad, p.shape, p.dtype, p.device))
     return tuple(found)
 
 

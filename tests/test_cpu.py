@@ -87,6 +87,52 @@ def test_every_engine_and_activation_in_float32(engine, form, activation):
     assert report.passed, str(report)
 
 
+class Sine(nn.Module):
+    def forward(self, x):
+        return torch.sin(x) * 1.5
+
+
+ODD = {
+    "frozen layers and activations before the first that adapts": lambda: [
+        nn.Flatten(), nn.Tanh(), nn.Linear(6, 5), nn.Sigmoid(), nn.Softplus(), nn.Linear(5, 4),
+        nn.ReLU(), nn.Linear(4, 3),
+    ],
+    "positions": lambda: [
+        nn.Linear(3, 7), nn.GELU(), nn.Linear(7, 2), nn.Flatten(), nn.Linear(4, 3), nn.SiLU(),
+    ],
+    "positions to the end": lambda: [nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)],
+    "several activations in a row": lambda: [
+        nn.Flatten(), nn.Linear(6, 9), nn.ReLU(), nn.ReLU(), nn.Linear(9, 8), nn.Tanh(), nn.ReLU(),
+        Sine(), nn.Linear(8, 5), nn.ReLU(), nn.Sigmoid(), nn.Linear(5, 3), nn.LeakyReLU(0.3),
+    ],
+    "activations first and last": lambda: [
+        nn.Flatten(), nn.Softplus(), nn.Linear(6, 4), nn.Linear(4, 3), nn.ReLU(),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize(("steps", "first_order"), [(0, False), (2, False), (2, True)])
+def test_odd_networks(engine, form, odd, steps, first_order):
+    """Rows of shape [2, 3] through chains of every kind, with learned rates."""
+    draw = Draw(11)
+    model = draw.initialise(nn.Sequential(*ODD[odd]()).double())
+    if odd.startswith("frozen"):
+        model[2].requires_grad_(False)
+    x, q = draw.normal(9, 5, 2, 3), draw.normal(9, 4, 2, 3)
+    y, yq = (torch.stack([draw.normal(*model(r).shape) for r in rows]) for rows in (x, q))
+    batch = TaskBatch(x, y, q, yq)
+    rate = nn.Parameter(torch.full((), 0.1, dtype=torch.float64))
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    wanted = by_graph(model, batch, "mse", dict.fromkeys(names, rate), steps, first_order)[1]
+    options = dict(first_order=first_order, backend="cpu", fast_weights=form)
+    found = gradients(MAML(model, "mse", rate, steps, **options), batch)
+    assert_close(found, {name: wanted[name] for name in names}, 1e-10)
+    by_rate = wanted[f"rate of {names[0]}"]
+    torch.testing.assert_close(rate.grad, by_rate, rtol=1e-9, atol=1e-13)
+
+
 @pytest.mark.parametrize("first_order", [False, True])
 def test_rates_and_frozen_parameters(engine, first_order):
     """Learned rates, a frozen weight, a frozen bias and a frozen layer between adapting ones."""
@@ -220,7 +266,7 @@ class TestData:
         assert_close(gradients(maml, batch), by_graph(model, batch, "mse", 0.1, 1)[1], 1e-10)
 
     def test_more_than_2_31_numbers(self, draw):
-        """Expanded tensors are read as they are, and take no memory: tasks that share their rows."""
+        """Tasks that share their rows: expanded tensors are read as they are, without copies."""
         sizes = (4096, 2)
         model = draw.mlp(sizes).float()
         one = TaskBatch(*(t.float() for t in draw.batch("mse", 1, 16, 1, sizes)))
@@ -246,15 +292,82 @@ class TestData:
             maml(*batch)
         assert caught.value.tasks == [3]
 
-    def test_padding_lanes_hide_no_gradient(self, model, batch, monkeypatch):
-        """One task fewer or more than a tile: each task counts once."""
-        lanes = cpu_features.engines()[ENGINES[-1]] // 8
+    def test_padding_lanes_count_for_nothing(self, engine, model, batch):
+        """One task fewer or more than the lanes: each counts once."""
+        lanes = cpu_features.engines()[engine[0]] // 8
         for tasks in (1, lanes - 1, lanes, lanes + 1):
             part = TaskBatch(*(t[:tasks] for t in batch))
             maml = MAML(model, inner_lr=0.1, reduction="sum", backend="cpu")
             wanted = by_graph(model, part, "mse", 0.1, 1)[1]
             wanted = {name: g * tasks for name, g in wanted.items()}
             assert_close(gradients(maml, part), wanted, 1e-10)
+
+    def test_signs_and_zeros_that_torch_has_left_for_later(self, model, batch):
+        """Views with the sign to be applied when read, and tensors of zeros without memory."""
+        maml = MAML(model, inner_lr=0.1, backend="cpu")
+        wanted = {name: g.clone() for name, g in gradients(maml, batch).items()}
+        negative = torch.complex(torch.zeros_like(batch.support_x), -batch.support_x).conj().imag
+        assert negative.is_neg()
+        assert torch.equal(negative, batch.support_x)
+        assert_close(gradients(maml, batch._replace(support_x=negative)), wanted, 1e-15)
+        zeros = torch._efficientzerotensor(*batch.query_x.shape, dtype=torch.float64)
+        at_zero = gradients(maml, batch._replace(query_x=zeros))
+        at_zero = {name: g.clone() for name, g in at_zero.items()}
+        plain = batch._replace(query_x=torch.zeros_like(batch.query_x))
+        assert_close(gradients(maml, plain), at_zero, 1e-15)
+
+    def test_parameters_without_memory(self, model, batch):
+        maml = MAML(model, inner_lr=0.1, backend="cpu")
+        maml(*batch)
+        model[0].weight.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=r"shape \[5, 3\].*lost its memory"):
+            maml(*batch)
+
+    def test_infinite_data_behind_saturated_units(self, engine, draw):
+        """A frozen weight does not meet infinities that autograd would not have it meet."""
+        model = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2)).double()
+        draw.initialise(model)
+        model[0].weight.requires_grad_(False)
+        batch = draw.batch("mse", 3, 5, 4, (3, 2))
+        batch.support_x[1, 2, 0] = torch.inf
+        wanted = MAML(model, inner_lr=0.1, backend="reference")
+        wanted = {name: g.clone() for name, g in gradients(wanted, batch).items()}
+        assert all(g.isfinite().all() for g in wanted.values())
+        assert_close(gradients(MAML(model, inner_lr=0.1, backend="cpu"), batch), wanted, 1e-10)
+
+
+def test_nothing_that_adapts(engine, draw):
+    model, batch = draw.mlp((3, 5, 2)).requires_grad_(False), draw.batch("mse", 3, 4, 5, (3, 2))
+    maml = MAML(model, inner_lr=0.1, inner_steps=2, backend="cpu")
+    out, found = maml.value_and_grad(*batch)
+    wanted = MAML(model, inner_lr=0.1, inner_steps=2, backend="reference")(*batch)
+    assert found == {}
+    torch.testing.assert_close(out.task_losses, wanted.task_losses)
+    torch.testing.assert_close(out.support_losses, wanted.support_losses)
+
+
+def test_programs_are_not_kept_for_ever(draw):
+    model, batch = draw.mlp((3, 5, 2)), draw.batch("mse", 3, 4, 5, (3, 2))
+    maml = MAML(model, backend="cpu")
+    adapted = maml.adapt(*batch[:2])
+    for rows in range(1, 30):
+        adapted(draw.normal(3, rows, 3))
+    (planned,) = maml._planner._plans.values()
+    assert len(planned.plan.programs) <= 8
+
+
+def test_a_float32_plan_is_judged_in_float64(draw):
+    """Where the model fits its data exactly, float32 has only rounding to compare."""
+    model = draw.mlp((3, 16, 2)).float()
+    batch = TaskBatch(*(t.float() for t in draw.batch("mse", 5, 7, 6, (3, 2))))
+    with torch.no_grad():
+        batch = batch._replace(
+            support_y=torch.stack([model(x) for x in batch.support_x]),
+            query_y=torch.stack([model(x) for x in batch.query_x]),
+        )
+    maml = MAML(model, inner_lr=0.1)
+    assert maml(*batch).loss < 1e-10
+    assert the_plan(maml, batch).backend == "cpu"
 
 
 def test_several_threads_at_once(threads):
@@ -281,6 +394,22 @@ def test_several_threads_at_once(threads):
     assert not failures
 
 
+def _in_child_with_threads(maml, batch, wanted, queue):
+    """Several threads of the child find at once that it is one."""
+    results = []
+
+    def work():
+        _, found = maml.value_and_grad(*batch)
+        results.append(all(torch.equal(found[name], g) for name, g in wanted.items()))
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    queue.put(results == [True] * 4)
+
+
 def _in_child(maml, batch, wanted, queue):
     torch.set_num_threads(2)
     _, found = maml.value_and_grad(*batch)
@@ -292,7 +421,8 @@ def _in_child(maml, batch, wanted, queue):
 )
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*fork.*:RuntimeWarning")
-def test_after_a_fork(threads):
+@pytest.mark.parametrize("work", [_in_child, _in_child_with_threads])
+def test_after_a_fork(work, threads):
     """A child that was forked off, as DataLoader's workers are, computes on threads of its own."""
     threads(2)
     draw = Draw(9)
@@ -302,7 +432,7 @@ def test_after_a_fork(threads):
     _, wanted = maml.value_and_grad(*batch)
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
-    child = context.Process(target=_in_child, args=(maml, batch, wanted, queue))
+    child = context.Process(target=work, args=(maml, batch, wanted, queue))
     child.start()
     child.join(60)
     assert child.exitcode == 0

@@ -17,6 +17,8 @@ from maml_fast.ops import Linear
 from maml_fast.plan import Plan
 from maml_fast.problem import FlatGradients, Outcome, Problem, TaskBatch
 
+PROGRAMS_KEPT = 8  # of a plan: each keeps memory for its tiles
+
 
 def meta_step(problem: Problem, batch: TaskBatch, plan: Plan, gradient: bool) -> Outcome:
     """The whole meta-step of all tasks, in one call."""
@@ -75,9 +77,10 @@ def _program(
         tuple(problem.rates.values),
         problem.rates.learning if gradient else frozenset(),
     )
-    program = plan.programs.get(variant)
-    if program is None:
-        program = plan.programs[variant] = Program(plan, variant, problem)
+    program = plan.programs.pop(variant, None) or Program(plan, variant, problem)
+    plan.programs[variant] = program  # the latest last
+    if len(plan.programs) > PROGRAMS_KEPT:
+        plan.programs.pop(next(iter(plan.programs)), None)
     return program
 
 
@@ -86,10 +89,10 @@ class Program:
 
     def __init__(self, plan: Plan, variant: Variant, problem: Problem) -> None:
         self.variant = variant
-        self.output = plan.output[1:]
+        self.output, self.dtype = plan.output[1:], plan.shapes.dtype
         ops = [layer.link.op for layer in plan.layers if isinstance(layer.link.op, Linear)]
         assert plan.cpu is not None
-        self.prepared = prepare(plan.layers, plan.cpu, variant, plan.shapes, plan.output)
+        self.prepared = prepare(plan.layers, plan.cpu, variant, plan.shapes)
         used = {name for op in ops for name in (op.weight, op.bias)}
         self.unused = [name for name in variant.adapting if name not in used]
         self.like = [problem.parameters[name].detach() for name in variant.adapting]
@@ -106,6 +109,7 @@ class Program:
         """Fill an `Outcome`; with `adapted`, also its tensors [T, *shape], by name."""
         variant, x = self.variant, batch.query_x
         tasks, rows = x.shape[:2]
+        assert x.dtype == self.dtype  # the engine reads memory, not types
         losses = x.new_empty(tasks)
         support_losses = x.new_empty(tasks, variant.inner_steps)
         outputs = x.new_empty(tasks, rows, *self.output)
@@ -159,6 +163,7 @@ def _rows(tensor: Tensor | None, alive: list[Tensor]) -> tuple[int, int, int]:
     """The address of rows [T, N, ...], and the numbers from task to task and from row to row."""
     if tensor is None:
         return 0, 0, 0
+    tensor = _in_memory(tensor, alive)
     if not tensor.is_contiguous() and not tensor[0, 0].is_contiguous():
         tensor = tensor.contiguous()
         alive.append(tensor)
@@ -168,7 +173,25 @@ def _rows(tensor: Tensor | None, alive: list[Tensor]) -> tuple[int, int, int]:
 def _address(tensor: Tensor | None, alive: list[Tensor]) -> int:
     if tensor is None:
         return 0
+    tensor = _in_memory(tensor, alive)
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
         alive.append(tensor)
     return tensor.data_ptr()
+
+
+def _in_memory(tensor: Tensor, alive: list[Tensor]) -> Tensor:
+    """The tensor, or a copy where its memory does not hold its numbers: torch may leave a sign, or
+    zeros, to be applied later. `alive` keeps copies."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+        alive.append(tensor)
+    if tensor.data_ptr() == 0 and tensor.numel():
+        if not tensor._is_zerotensor():
+            raise ValueError(
+                f"a tensor of shape {list(tensor.shape)} among the data or the model's parameters "
+                "has lost its memory; its storage was resized to nothing"
+            )
+        tensor = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        alive.append(tensor)
+    return tensor
