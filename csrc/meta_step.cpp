@@ -163,7 +163,13 @@ class ProgramSession final : public Session {
     void sum(const Job& job, Index at, Index count, T* to) const {
         const T* from = partial(0).numbers + at;
         const Index stride = partial_bytes_ / static_cast<Index>(sizeof(T));
-        for (Index i = 0; i < count; ++i) {
+        Index i = 0;
+        for (; i + LANES<T> <= count; i += LANES<T>) {
+            Vec<T> total = load(from + i);
+            for (Index chunk = 1; chunk < job.chunks; ++chunk) total += load(from + chunk * stride + i);
+            store(to + i, total);
+        }
+        for (; i < count; ++i) {
             T total = from[i];
             for (Index chunk = 1; chunk < job.chunks; ++chunk) total += from[chunk * stride + i];
             to[i] = total;

@@ -20,11 +20,12 @@ STORE = 1.5  # cycles to begin, scale, add to and store one vector of a result
 CACHE_BYTES = 512 << 10  # what a tile's weights may take before they come from further away
 NEAR, FAR = 32.0, 10.0  # bytes a cycle from there, and from further away
 TURN = 4.0  # cycles a vector to turn rows of numbers into rows of features
-SUM = 2.0  # cycles a vector to sum its lanes
+SUM = 3.0  # cycles a vector to sum its lanes
+FEW_COLUMNS = {1: 0.5, 2: 0.75}  # of the multiply-adds are done where a product has so few columns
 TILE = 4000.0  # cycles of a tile beside its layers: data in and out, losses
 # Threads that a few large tiles are assumed to run on. Not those there are: the same call gives the
 # same bits on any number of them.
-THREADS = 4
+THREADS = 3
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class LayerCycles:
         use, machine = self.use, self.machine
         near = use.area * (use.inner_steps + 2) * machine.vector_bytes < CACHE_BYTES
         stream = streamed * machine.vector_bytes / (NEAR if near else FAR)
-        return max(rows * columns * terms / 2, stream) + rows * columns * STORE
+        arithmetic = rows * columns * terms / 2 / FEW_COLUMNS.get(int(columns), 1.0)
+        return max(arithmetic, stream) + rows * columns * STORE
 
     def shared(self, columns: int) -> float:
         """With the weights of all tasks, forward; backward costs the same."""
@@ -108,9 +110,7 @@ class LayerCycles:
         use = self.use
         if self.tasks:
             return self.product(use.out_features, use.in_features, columns, 2 * use.area)
-        vectors = -(-use.in_features // self.machine.lanes)
-        turned = TURN * use.in_features * columns
-        return turned + self.product(use.out_features, vectors, columns * self.machine.lanes)
+        return self.summed(columns)
 
     def dense(self) -> float:
         use, passes = self.use, 1 if self.use.first else 2
@@ -132,7 +132,7 @@ class LayerCycles:
         return gram + self.product(use.out_features, columns, rank)
 
     def summed(self, columns: float) -> float:
-        """The adjoint's rows into the gradient of all tasks."""
+        """Numbers from so many columns of rows: sums over lanes, or rows turned into features."""
         use, lanes = self.use, self.machine.lanes
         if use.in_features < 4 * lanes:
             return use.area * (columns / 2 + SUM)

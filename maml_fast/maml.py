@@ -213,6 +213,8 @@ class MAML(nn.Module):
             outcome = meta_step.run(plan, problem, batch, gradient)
             if outcome.finite:
                 return outcome
+            if problem.loss == "cross_entropy":  # a class that there is not makes the loss NaN
+                check_classes(batch, plan.output[-1])
         with using(self.model, plan), plain(batch.support_x.device.type):
             if not quick:
                 outcome = meta_step.run(plan, problem, batch, gradient)
@@ -287,9 +289,9 @@ class MAML(nn.Module):
         call = self._call(batch, inner_steps)
         planned = self._planner.recall(call)
         if planned is not None:
-            if self.loss == "cross_entropy":
-                check_classes(batch, planned.outputs[1].shape[-1])
             detached = detached or planned.plan.backend != "cpu"
+            if self.loss == "cross_entropy" and detached:  # else `_run` hears of it from C++
+                check_classes(batch, planned.outputs[1].shape[-1])
             return planned, self._problem(inner_steps, planned, detached)
         check_batch(batch, next(self.model.parameters(), None))
         with using(self.model), plain(batch.support_x.device.type):

@@ -5,6 +5,8 @@
 // the tangent needs of the pass.
 #pragma once
 
+#include <limits>
+
 #include "program.h"
 #include "stage.h"
 #include "vector_math.h"
@@ -85,7 +87,7 @@ class LossByNumber final : public Loss<T> {
     }
 };
 
-// -log p_y with p = softmax(z); d = p - onehot(y), t_d = p (t_z - <p, t_z>)
+// -log p_y with p = softmax(z); d = p - onehot(y), t_d = p (t_z - <p, t_z>). The loss of a class that there is not is NaN.
 template <class T>
 class CrossEntropy final : public Loss<T> {
    public:
@@ -101,7 +103,7 @@ class CrossEntropy final : public Loss<T> {
                 const Vec<T> v = load(z + c * pass.z.by_feature);
                 top = v > top ? v : top;
             }
-            Vec<T> sum{}, chosen{};
+            Vec<T> sum{}, chosen = all(std::numeric_limits<T>::quiet_NaN());  // what a class out of range leaves
             for (Index c = 0; c < classes; ++c) {
                 const Vec<T> v = load(z + c * pass.z.by_feature) - top;
                 const Vec<T> e = exp<T>(v);
