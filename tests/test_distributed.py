@@ -3,12 +3,14 @@
 import time
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from maml_fast import MAML
+from maml_fast.plan import PLANNED
 from tests.networks import Draw, assert_close, gradients
 
 SIZES, TASKS, WORLD = (3, 5, 2), 6, 2
@@ -41,8 +43,9 @@ def worker(rank, store, backend, results):
     dist.destroy_process_group()
 
 
-def test_gradients_are_averaged(tmp_path):
-    arguments = (str(tmp_path / "store"), "torch", str(tmp_path))
+@pytest.mark.parametrize("backend", PLANNED)
+def test_gradients_are_averaged(backend, tmp_path):
+    arguments = (str(tmp_path / "store"), backend, str(tmp_path))
     workers = mp.spawn(worker, arguments, nprocs=WORLD, join=False)
     deadline = time.monotonic() + 120
     while not workers.join(timeout=5):
@@ -50,7 +53,7 @@ def test_gradients_are_averaged(tmp_path):
             for process in workers.processes:
                 process.kill()
             raise TimeoutError("the processes did not end")
-    maml, batch = build("torch")
+    maml, batch = build(backend)
     gradients(maml, batch)
     wanted = {name: p.grad for name, p in maml.named_parameters()}
     assert "rates.lr" in wanted
