@@ -9,8 +9,8 @@ ARGS ?=
 BIN := $(VENV)/bin
 DEMO := runs/demo
 SANITIZED := $(VENV)-sanitized
-SANITIZE_TESTS := tests/test_cpu.py tests/test_operations_cpu.py tests/test_adapt.py tests/test_rates.py \
-    tests/test_meta_gradient.py
+SANITIZE_TESTS := tests/test_cpu.py tests/test_cpu_data.py tests/test_cpu_threads.py tests/test_operations_cpu.py \
+    tests/test_adapt.py tests/test_rates.py tests/test_meta_gradient.py
 # An installation is editable, so it is repeated only when the metadata or the C++ changes.
 INSTALLED_FROM := pyproject.toml constraints.txt $(shell find csrc -type f)
 

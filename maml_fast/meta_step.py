@@ -50,6 +50,7 @@ def run(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outco
         total.task_losses = torch.cat([outcome.task_losses for outcome in outcomes])
         total.support_losses = torch.cat([outcome.support_losses for outcome in outcomes])
         total.query_outputs = torch.cat([outcome.query_outputs for outcome in outcomes])
+        total.finite = None  # each pass spoke of itself, and sums may overflow
     return total
 
 
@@ -98,4 +99,3 @@ def _accumulate(total: Outcome, outcome: Outcome) -> None:
         for name, tensor in (theirs or {}).items():
             mine[name].add_(tensor)
     outcome.gradients = outcome.rate_gradients = None
-    total.finite = None

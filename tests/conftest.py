@@ -1,9 +1,14 @@
 """A strict session: fresh buffers are NaN, so that a store left out turns a comparison red."""
 
+import itertools
+
 import pytest
 import torch
 
+from maml_fast import cpu_cost, cpu_features
+from tests.engines import ENGINES, LAYOUTS
 from tests.networks import Draw
+from tests.test_packaging import needs_extension
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -19,3 +24,26 @@ def poisoned_buffers():
 @pytest.fixture
 def draw() -> Draw:
     return Draw(seed=0)
+
+
+@pytest.fixture
+def extension():
+    """The C++ extension is there; the test is skipped, or fails, where it is not."""
+    needs_extension()
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads; put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=list(itertools.product(ENGINES, LAYOUTS)), ids="-".join)
+def engine(request, monkeypatch):
+    """One instruction set and one layout."""
+    name, layout = request.param
+    monkeypatch.setenv(cpu_features.FORCED, name)
+    monkeypatch.setattr(cpu_cost, "LAYOUTS", (layout,))
+    return name, layout

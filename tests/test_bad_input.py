@@ -136,6 +136,19 @@ def test_classes_that_do_not_fit(backend, changes, error, words):
         call({**good("cross_entropy"), **changes}, backend, "cross_entropy")
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_classes_that_do_not_fit_a_call_like_an_earlier_one(backend, mode, chunk_size):
+    """A call that was right once is not checked again in full; its class numbers are."""
+    data = good("cross_entropy")
+    maml = MAML(model(), "cross_entropy", backend=backend, chunk_size=chunk_size)
+    with mode():
+        maml(**data)
+        data["query_y"] = data["query_y"] + OUT
+        with pytest.raises(ValueError, match=f"query_y.*wanted is 0 to {OUT - 1}"):
+            maml(**data)
+
+
 @pytest.mark.parametrize("loss", ["bce_with_logits", "huber"])
 def test_class_targets_for_a_loss_of_real_ones(backend, loss):
     data = {**good(), "support_y": torch.ones(T, N, OUT).long()}
@@ -237,6 +250,16 @@ class TestNonFinite:
     def test_divergence_is_named(self, backend):
         with pytest.raises(NonFiniteError, match="lower inner_lr"):
             call(good(), backend, inner_lr=1e200, inner_steps=3)
+
+    @pytest.mark.parametrize("grad", [True, False])
+    def test_in_a_later_pass(self, backend, grad):
+        data = good()
+        maml = MAML(model(), backend=backend, chunk_size=1)
+        with torch.set_grad_enabled(grad):
+            maml(**data)
+            data["support_x"][T - 1] = torch.nan
+            with pytest.raises(NonFiniteError, match=f"1 of {T} tasks: {T - 1}"):
+                maml(**data)
 
     def test_under_no_grad_too(self, backend):
         data = good()

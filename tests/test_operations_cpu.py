@@ -6,14 +6,9 @@ import torch
 from maml_fast import cpu_features
 from maml_fast.ops import OPERATIONS
 from tests import test_operations
-from tests.test_packaging import needs_extension
+from tests.engines import ENGINES
 
-ENGINES = list(cpu_features.engines()) or ["none"]
-
-
-@pytest.fixture(autouse=True)
-def extension():
-    needs_extension()
+pytestmark = pytest.mark.usefixtures("extension")
 
 
 class ByCpu:
