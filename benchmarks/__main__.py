@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 
 from benchmarks import plot, report, session
+from benchmarks.budget import Budget, in_order_of_need
 from benchmarks.cases import CASES, choose
-from benchmarks.registry import implementations
+from benchmarks.registry import names
 from benchmarks.results import Results
 from benchmarks.timing import Settings
 
@@ -21,6 +22,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def main(arguments: list[str]) -> int:
     """Exit with 1 if one of ours was wrong or failed; being slow is no failure."""
     options = _parser().parse_args(arguments)
+    budget = Budget(options.minutes)
     console = Console(width=None if sys.stdout.isatty() else 180)
     if options.show:
         report.show(Results.load(options.show), console)
@@ -33,12 +35,14 @@ def main(arguments: list[str]) -> int:
     try:
         pairs = session.pairs_of(
             choose([case.name for case in cases], options.case),
-            choose([one.name for one in implementations()], options.implementation),
+            choose(names(options.device), options.implementation),
         )
     except ValueError as error:
         console.print(error)
         return 2
-    results, right = session.run(pairs, _settings(options))
+    if options.minutes is not None:
+        pairs = in_order_of_need(pairs)
+    results, right = session.run(pairs, _settings(options, budget))
     report.show(results, console)
     options.out.mkdir(parents=True, exist_ok=True)
     device = results.machine["device"].lower().replace(" ", "-")
@@ -49,9 +53,13 @@ def main(arguments: list[str]) -> int:
     return 0 if right else 1
 
 
-def _settings(options: argparse.Namespace) -> Settings:
-    slow = {"seconds": 0.3, "limit_s": 3.0} if options.quick else {}
-    return Settings(options.device, peak=not options.no_memory, **slow)
+def _settings(options: argparse.Namespace, budget: Budget) -> Settings:
+    short = {}
+    if options.quick:
+        short = {"seconds": 0.3, "limit_s": 3.0}
+    elif options.minutes is not None:
+        short = {"seconds": 0.5, "limit_s": 2.0}
+    return Settings(options.device, peak=not options.no_memory, budget=budget, **short)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a few small cases, short rounds")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="end in so many: what matters most first, with short rounds, and the rest left out",
     )
     parser.add_argument("--no-memory", action="store_true", help="do not take peak memory")
     parser.add_argument(

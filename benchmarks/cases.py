@@ -77,6 +77,7 @@ class Case:
         only: implementations to measure, by name; empty for all.
         gpu_only: too large to be worth anyone's time on a CPU.
         quick: part of the quick run.
+        early: measured first where time is short.
     """
 
     network: Network
@@ -87,6 +88,7 @@ class Case:
     only: tuple[str, ...] = ()
     gpu_only: bool = False
     quick: bool = False
+    early: bool = False
 
     @property
     def name(self) -> str:
@@ -143,19 +145,21 @@ LONG_FEW_ROWS = Case(SINUSOID, T=512, S=20, N=10, M=10, only=LONG)
 LONG_MANY_ROWS = Case(POLICY, T=32, S=20, N=200, M=200, only=LONG)
 
 CASES: tuple[Case, ...] = (
-    Case(SINUSOID, T=25, S=1, N=10, M=10, quick=True),
+    Case(SINUSOID, T=25, S=1, N=10, M=10, quick=True, early=True),
     Case(SINUSOID, T=1_000, S=1, N=10, M=10),
     Case(SINUSOID, T=10_000, S=1, N=10, M=10),
     Case(SINUSOID, T=100_000, S=1, N=10, M=10, gpu_only=True),
     Case(SINUSOID, T=25, S=5, N=10, M=10),
-    Case(SINUSOID, T=1_000, S=5, N=10, M=10, quick=True),
+    Case(SINUSOID, T=1_000, S=5, N=10, M=10, quick=True, early=True),
     Case(SINUSOID, T=10_000, S=5, N=10, M=10),
-    Case(SINUSOID, T=100_000, S=5, N=10, M=10, gpu_only=True),
+    Case(SINUSOID, T=100_000, S=5, N=10, M=10, gpu_only=True, early=True),
     Case(OMNIGLOT_FC, T=32, S=1, N=5, M=5, quick=True),
     Case(OMNIGLOT_FC, T=512, S=1, N=5, M=5),
     Case(OMNIGLOT_FC, T=128, S=5, N=5, M=15),
-    Case(OMNIGLOT_FC, T=4_096, S=1, N=5, M=5, gpu_only=True),
+    Case(OMNIGLOT_FC, T=1_024, S=5, N=5, M=5, gpu_only=True, early=True),
+    Case(OMNIGLOT_FC, T=4_096, S=1, N=5, M=5, gpu_only=True, early=True),
     Case(WIDE, T=16, S=3, N=1_024, M=1_024),
+    Case(WIDE, T=64, S=3, N=1_024, M=1_024, gpu_only=True, early=True),
     Case(POLICY, T=40, S=1, N=20, M=20, quick=True),
     LONG_FEW_ROWS,
     LONG_MANY_ROWS,

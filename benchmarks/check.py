@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ COMPARED_TASKS = 8  # above, what stands in for it is compared with it on so man
 STAND_IN_ERROR = 1e-11
 FLOOR = 1e-6
 TWICE = 2.0
+REDUCED = {"high": 0.1, "medium": 0.3}  # TF32 and bfloat16: shown, and held to be no nonsense
 LOOSE = 1e-3  # peers; and networks whose tasks cannot stay off the kinks of ReLU
 
 Errors = dict[str, float]  # relative error by tensor; "loss" is one of them
@@ -54,8 +55,10 @@ class Reference:
             errors[name] = _relative(gradient[name], right)
         return errors
 
-    def bounds(self, *, strict: bool) -> Errors:
+    def bounds(self, *, strict: bool, precision: str = "highest") -> Errors:
         """What each error may be at most; strict is for ours, on networks where it can be asked."""
+        if precision in REDUCED:
+            return dict.fromkeys(self.autograd, REDUCED[precision])
         if strict:
             return {name: max(TWICE * error, FLOOR) for name, error in self.autograd.items()}
         return dict.fromkeys(self.autograd, LOOSE)
@@ -83,9 +86,9 @@ def broken(errors: Errors, bounds: Errors) -> str | None:
     return f"the error of {name} is {error:.1e}, allowed {bounds[name]:.1e}"
 
 
-@lru_cache(maxsize=1)
+@cache
 def problem_and_reference(case_name: str, device_name: str) -> tuple[Problem, Reference]:
-    """A case's problem with its right answer; the last one asked for is kept."""
+    """A case's problem with its right answer, kept."""
     problem = load(named(case_name), torch.device(device_name))
     return problem, reference(problem)
 
@@ -135,7 +138,8 @@ def _by_vmap(problem: Problem) -> tuple[float, Gradient]:
         name: value.detach().clone().requires_grad_()
         for name, value in problem.model.named_parameters()
     }
-    total, tasks, chunk = 0.0, problem.episodes.tasks, tasks_at_once(problem.case)
+    total, tasks = 0.0, problem.episodes.tasks
+    chunk = tasks_at_once(problem.case, problem.episodes.support_x.device)
     for start in range(0, tasks, chunk):
         part = problem.episodes.pick(slice(start, start + chunk))
         loss = mean_loss(theta, *part) * (part.tasks / tasks)

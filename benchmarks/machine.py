@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu
+
 PACKAGES = (
     "maml_fast",
     "torch",
@@ -65,6 +67,8 @@ def describe(device: str) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
             "capability": f"{properties.major}.{properties.minor}",
+            "peak": peak._asdict() if (peak := gpu.peak(torch.device("cuda"))) else None,
+            "before": gpu.state(),
         }
     return found
 

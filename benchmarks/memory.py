@@ -1,11 +1,12 @@
-"""Peak memory of one meta-step, in a process of its own.
+"""Peak memory of one meta-step: on a CPU in a process of its own, on a GPU as allocators count it.
 
-As a program: `python -m benchmarks.memory CASE IMPLEMENTATION DEVICE`.
+As a program, on a CPU: `python -m benchmarks.memory CASE IMPLEMENTATION`.
 
 The order: load the data; run the implementation on two tasks, so that libraries are loaded; prepare
 the case (where torch compiles it, this runs it once); give free memory back; note the memory in
-use; one meta-step; its peak above that. On a CPU this is the resident set, on a GPU the allocator's
-own count. Where the peak cannot be taken the answer is the reason.
+use; one meta-step; the peak of the resident set above that. On a GPU it is the first meta-step of
+the run itself, and libraries have their memory since the right answer was computed. Where the peak
+cannot be taken the answer is the reason.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class Peak:
     died: bool = False
 
 
-def measure(case: str, implementation: str, device: str, limit_s: float) -> Peak:
+def measure(case: str, implementation: str, limit_s: float) -> Peak:
     """Take the peak in a child process."""
-    command = [sys.executable, "-m", "benchmarks.memory", case, implementation, device]
+    command = [sys.executable, "-m", "benchmarks.memory", case, implementation]
     root = str(Path(__file__).resolve().parent.parent)
     try:
         child = subprocess.run(
@@ -67,7 +68,7 @@ def measure(case: str, implementation: str, device: str, limit_s: float) -> Peak
     return Peak(None, (child.stderr.strip().splitlines() or ["no answer"])[-1])
 
 
-def main(case_name: str, name: str, device_name: str) -> Peak:
+def main(case_name: str, name: str) -> Peak:
     """The child's work."""
     import torch
 
@@ -75,15 +76,14 @@ def main(case_name: str, name: str, device_name: str) -> Peak:
     from benchmarks.problem import load
     from benchmarks.registry import implementation
 
-    device, measured = torch.device(device_name), implementation(name)
-    problem = load(named(case_name), device)
-    if not measured.warm:
-        measured.prepare(problem.first(FEW_TASKS)).run()
-    step = measured.prepare(problem)
-    gc.collect()
-    if device.type == "cuda":
-        return _on_gpu(step.run, name)
-    return _resident(step.run)
+    measured = implementation(name)
+    problem = load(named(case_name), torch.device("cpu"))
+    with measured.around():
+        if not measured.warm:
+            measured.prepare(problem.first(FEW_TASKS)).run()
+        step = measured.prepare(problem)
+        gc.collect()
+        return _resident(step.run)
 
 
 def _resident(run: Callable[[], Any]) -> Peak:
@@ -101,25 +101,34 @@ def _resident(run: Callable[[], Any]) -> Peak:
     return Peak(max(0, peak - before))
 
 
-def _on_gpu(run: Callable[[], Any], name: str) -> Peak:
+def on_gpu(run: Callable[[], Any], name: str) -> tuple[Any, Peak]:
+    """One meta-step's result, and its peak."""
     if name == "jax":
-        import jax
+        return _by_jax(run)
+    import torch
 
-        gpu = jax.devices("gpu")[0]
-        before = gpu.memory_stats()["bytes_in_use"]
-        result = run()
-        peak = gpu.memory_stats()["peak_bytes_in_use"]
-    else:
-        import torch
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    return result, Peak(max(0, torch.cuda.max_memory_allocated() - before))
 
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = run()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-    del result
-    return Peak(max(0, peak - before))
+
+def _by_jax(run: Callable[[], Any]) -> tuple[Any, Peak]:
+    """jax counts from when it started and cannot be told to start again."""
+    import jax
+
+    gpu = jax.devices("gpu")[0]
+    before = gpu.memory_stats()
+    result = run()
+    after = gpu.memory_stats()
+    if not before or not after:
+        return result, Peak(None, "jax does not tell")
+    peak = after["peak_bytes_in_use"]
+    if peak <= before["peak_bytes_in_use"]:
+        return result, Peak(None, "jax had used more before, while it compiled")
+    return result, Peak(max(0, peak - before["bytes_in_use"]))
 
 
 def _status(field: str) -> int:

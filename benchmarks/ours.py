@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import gpu
 from benchmarks.implementation import Ceiling, Gradient, Implementation, MetaStep
 from benchmarks.problem import Problem
 from maml_fast import MAML, UnavailableBackendError, UnsupportedModelError, cpu_features
@@ -23,6 +24,7 @@ class OurBackend(Implementation):
     def __init__(self, backend: str) -> None:
         self.backend = self.name = backend
         self.title = f"maml_fast {backend}"
+        self.turn = 2 if backend == "functional" else 0
 
     def cannot(self, problem: Problem) -> str | None:
         try:
@@ -33,10 +35,17 @@ class OurBackend(Implementation):
 
     def ceiling(self, problem: Problem) -> Ceiling | None:
         plan = self._plan(problem)
-        if plan.cpu is None:
+        if plan.cpu is not None:
+            peak = cpu_features.extension().peak(plan.cpu.instruction_set, False)
+            return Ceiling(plan.flops, peak * self._threads())
+        device = problem.episodes.support_x.device
+        if device.type != "cuda" or not plan.flops:
             return None
-        peak = cpu_features.extension().peak(plan.cpu.instruction_set, False)
-        return Ceiling(plan.flops, peak * self._threads())
+        best = gpu.peak(device)
+        if best is None:
+            return Ceiling(plan.flops, None, plan.bytes, None)
+        speed = best.flops_per_second(self.precision)
+        return Ceiling(plan.flops, speed, plan.bytes, best.bytes_per_second)
 
     def prepare(self, problem: Problem) -> MetaStep:
         model = copy.deepcopy(problem.model)
@@ -82,18 +91,14 @@ class OurBackend(Implementation):
 class OnOneThread(OurBackend):
     """The same on one thread."""
 
+    device = "cpu"
+
     def __init__(self, backend: str) -> None:
         super().__init__(backend)
         self.name, self.title = f"{backend}-one-thread", f"maml_fast {backend}, one thread"
 
-    def _run(self, maml: MAML, problem: Problem) -> Callable[[], Any]:
-        run = super()._run(maml, problem)
-
-        def run_on_one() -> Any:
-            with threads(1):
-                return run()
-
-        return run_on_one
+    def around(self) -> AbstractContextManager[None]:
+        return threads(1)
 
     def _threads(self) -> int:
         return 1
@@ -102,8 +107,9 @@ class OnOneThread(OurBackend):
 class ValueAndGrad(OurBackend):
     """Without a graph: `value_and_grad`, as the peers give loss and gradient."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, device: str) -> None:
         super().__init__(backend)
+        self.device = device
         self.name, self.title = f"{backend}-value-and-grad", f"maml_fast {backend}, value_and_grad"
 
     def _run(self, maml: MAML, problem: Problem) -> Callable[[], Any]:
@@ -118,6 +124,21 @@ class ValueAndGrad(OurBackend):
         return read
 
 
+class AtPrecision(OurBackend):
+    """With less exact float32 products: "high" allows TF32, "medium" bfloat16."""
+
+    device = "cuda"
+
+    def __init__(self, backend: str, precision: str) -> None:
+        super().__init__(backend)
+        self.precision, self.turn = precision, 2
+        self.name = f"{backend}-{precision}"
+        self.title = f"maml_fast {backend}, precision {precision}"
+
+    def around(self) -> AbstractContextManager[None]:
+        return products(self.precision)
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """So many threads of torch meanwhile."""
@@ -127,3 +148,14 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """That precision of torch's float32 products meanwhile."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -100,12 +100,12 @@ def distance_to_kink(case: Case, model: nn.Sequential, episodes: Episodes) -> Te
         return torch.stack([*distances, forward(theta, query_x)[1]]).amin()
 
     doubled = episodes.to(device, torch.float64)
-    chunk = tasks_at_once(case)
+    chunk = tasks_at_once(case, device)
     return vmap(nearest, chunk_size=chunk)(
         doubled.support_x, doubled.support_y, doubled.query_x
     ).cpu()
 
 
-def tasks_at_once(case: Case) -> int:
-    """Tasks of which 64 MiB of float64 parameters can be held."""
-    return max(1, 2**23 // case.network.parameters)
+def tasks_at_once(case: Case, device: torch.device) -> int:
+    """Tasks of which 64 MiB of float64 parameters can be held, or 256 MiB on a GPU."""
+    return max(1, 2 ** (25 if device.type == "cuda" else 23) // case.network.parameters)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from benchmarks.implementation import Implementation
-from benchmarks.ours import OnOneThread, OurBackend, ValueAndGrad
+from benchmarks.ours import AtPrecision, OnOneThread, OurBackend, ValueAndGrad
 from benchmarks.peers import PEERS
 from maml_fast.plan import BACKENDS
 
@@ -17,7 +17,22 @@ from maml_fast.plan import BACKENDS
 def implementations() -> tuple[Implementation, ...]:
     """Every implementation, ours first."""
     ours = (OurBackend(name) for name in BACKENDS if name not in ("auto", "reference"))
-    return (*ours, OnOneThread("cpu"), ValueAndGrad("cpu"), *PEERS)
+    return (
+        *ours,
+        OnOneThread("cpu"),
+        ValueAndGrad("cpu", "cpu"),
+        ValueAndGrad("triton", "cuda"),
+        AtPrecision("triton", "high"),
+        AtPrecision("triton", "medium"),
+        *PEERS,
+    )
+
+
+def names(device: str) -> list[str]:
+    """Of the implementations to measure on a device. Backends that cannot run there are among them,
+    to say why, but not their variants.
+    """
+    return [one.name for one in implementations() if one.device in (None, device)]
 
 
 def implementation(name: str) -> Implementation:

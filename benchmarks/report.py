@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import text
 from benchmarks.cases import CASES, LONG_FEW_ROWS, LONG_MANY_ROWS, OMNIGLOT_FC
-from benchmarks.check import LOOSE
+from benchmarks.check import LOOSE, REDUCED
 from benchmarks.results import Results, Row
 
 LEFT = ("implementation", "worst error", "note")
-RIGHT = ("median", "min", "p20 to p80", "rounds", "peak memory", "GF/s", "of peak", "speed")
-COLUMNS = (LEFT[0], *RIGHT, *LEFT[1:])
+MEMORY = "peak memory"
+SLOW_START_S = 1.0  # from which a note says what preparing took, on a GPU
 BUSY = 0.5  # load average before the run from which its times are not to be trusted
 EXPLAINED = (
     "Each is held to a float64 gradient before it is timed; the error is ||g - g64|| / ||g64|| of "
     f"the worst tensor. Peers may have {LOOSE:g}; what ours may have is under each table. "
-    "Times are of one whole meta-step: loss and gradient of every parameter. GF/s count the "
-    "operations of dense fast weights, whatever was done. Of peak: the operations that the chosen "
-    "forms of fast weights take, against the multiply-adds that as many threads reach in "
-    "registers, measured beside it. Speed: how many times as fast as the fastest peer of the same "
-    "run. Peak memory: of one call, above what was in use before, in a process of its own."
+    "Times are of one whole meta-step: loss and gradient of every parameter. Speed: how many times "
+    "as fast as the fastest peer of the same run. Peak memory: of one call, above what was in use "
+)
+ON_CPU = (
+    "before, in a process of its own. GF/s count the operations of dense fast weights, whatever "
+    "was done. Of peak: the operations that the chosen forms of fast weights take, against the "
+    "multiply-adds that as many threads reach in registers, measured beside it."
+)
+ON_GPU = (
+    "before. A round begins and ends with the GPU idle, as a user's call that waits for its result "
+    "does. TF/s dense count the operations of dense fast weights, whatever was done; TF/s done "
+    "those of the plan's forms, GB/s the bytes that the plan must move. Of floor: the least time "
+    "that the plan's operations or bytes take at the data sheet's peak (float32 multiply-adds, "
+    "TF32 or bfloat16, by precision), against the median; for one without a plan, the case's "
+    "lowest floor. Precisions "
+    + " and ".join(f"{name} may have errors of {bound:g}" for name, bound in REDUCED.items())
+    + "; they are not compared with peers."
 )
 
 
@@ -52,6 +66,7 @@ GOALS = (
 def show(results: Results, console: Console) -> None:
     """Print everything."""
     machine = results.machine
+    on = ON_GPU if results.on_gpu else ON_CPU
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     flags = " ".join(machine["flags"])
     console.print(f"\n{machine['device']}: {machine['cpu']}, {machine['cores']} cores, {flags}")
@@ -59,54 +74,114 @@ def show(results: Results, console: Console) -> None:
     console.print(
         f"Python {machine['python']}, {versions}; commit {machine['commit']}; {machine['date']}"
     )
+    if results.on_gpu:
+        console.print(_gpu(machine["gpu"]))
     if (machine["load_before"] or 0) > BUSY:
         load = machine["load_before"]
         console.print(
             f"OTHER PROGRAMS WERE RUNNING (load {load} before the run): no time here counts"
         )
-    console.print(EXPLAINED + "\n")
+    if minutes := machine.get("minutes"):
+        skipped = sum(row.status == "skipped" for row in results.rows)
+        console.print(
+            f"The run had {minutes:g} minutes: {skipped} of {len(results.rows)} rows were skipped, "
+            "each with why, and rounds were short"
+        )
+    console.print(EXPLAINED + on + "\n")
     for case in results.cases:
         console.print(_case(results, case))
     console.print(_summary(results))
     console.print(_goals(results))
 
 
+def _gpu(gpu: dict[str, Any]) -> str:
+    """Driver, clocks and power before and after the run, and what floors count with."""
+    lines = [f"CUDA {gpu['cuda']}, {gpu['multiprocessors']} multiprocessors"]
+    for when in ("before", "after"):
+        state = ", ".join(f"{name} {value}" for name, value in gpu.get(when, {}).items())
+        lines.append(f"{when} the run: {state or 'not asked'}")
+    if peak := gpu.get("peak"):
+        lines.append(
+            f"at most {peak['highest'] / 1e12:.4g} TF/s in float32, {peak['high'] / 1e12:.4g} in "
+            f"TF32, {peak['medium'] / 1e12:.4g} in bfloat16, {peak['bytes_per_second'] / 1e12:.3g} "
+            "TB/s, by its data sheet"
+        )
+    else:
+        lines.append("no floors: this GPU is not in the table of benchmarks/gpu.py")
+    return "\n".join(lines)
+
+
 def _case(results: Results, name: str) -> Table:
     title = next((case.title for case in CASES if case.name == name), name)
     held_to = results.references.get(name, "nothing: none was run")
-    table = Table(
-        title=title, caption=f"held to: {held_to}", title_justify="left", caption_justify="left"
-    )
-    for column in COLUMNS:
+    caption = f"held to: {held_to}"
+    if results.on_gpu and (lowest := results.lowest_floor(name)) and lowest.floor:
+        caption += f"\nfloor: {text.seconds(lowest.floor)}, by the plan of {lowest.title}"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    columns = _columns(results, name)
+    for column in (LEFT[0], *columns, *LEFT[1:]):
         table.add_column(column, justify="left" if column in LEFT else "right", overflow="fold")
-    best_peer = results.best(name, ours=False)
     rows = results.of_case(name)
     for row in sorted(
         rows, key=lambda row: (row.status != "timed", row.median if row.times else 0.0)
     ):
-        table.add_row(*_cells(row, best_peer), style="bold" if row.ours else "")
+        table.add_row(*_cells(results, row, columns), style="bold" if row.ours else "")
     return table
 
 
-def _cells(row: Row, best_peer: Row | None) -> list[str]:
-    peak = text.size(row.peak_bytes)
+Columns = dict[str, Callable[[Row], str]]  # by heading, what is said of a timed row
+
+
+def _columns(results: Results, case: str) -> Columns:
+    best_peer = results.best(case, ours=False)
+
+    def speed(row: Row) -> str:
+        if best_peer is None or row.precision != "highest":
+            return "-"
+        return f"{best_peer.median / row.median:.3g}x"
+
+    rounds: Columns = {"rounds": lambda row: str(len(row.times)), MEMORY: _memory}
+    if not results.on_gpu:
+        return {
+            "median": lambda row: text.seconds(row.median),
+            "min": lambda row: text.seconds(min(row.times)),
+            "p20 to p80": lambda row: " to ".join(map(text.seconds, row.spread)),
+            **rounds,
+            "GF/s": lambda row: text.number(row.gflops),
+            "of peak": lambda row: text.share(row.share),
+            "speed": speed,
+        }
+    return {
+        "p50": lambda row: text.seconds(row.median),
+        "p20": lambda row: text.seconds(row.spread[0]),
+        "p80": lambda row: text.seconds(row.spread[1]),
+        **rounds,
+        "TF/s dense": lambda row: text.number(row.gflops, 1e3),
+        "TF/s done": lambda row: text.number(row.gflops_done, 1e3),
+        "GB/s": lambda row: text.number(row.gbytes),
+        "of floor": lambda row: text.share(results.share_of_floor(row)),
+        "speed": speed,
+    }
+
+
+def _memory(row: Row) -> str:
+    return text.size(row.peak_bytes)
+
+
+def _cells(results: Results, row: Row, columns: Columns) -> list[str]:
     if row.status != "timed":
-        return [row.title, row.status, "", "", "", peak, "", "", "", text.error(row), row.reason]
-    low, high = row.spread
+        # the status stands where the first time would
+        middle = [_memory(row) if heading == MEMORY else "" for heading in columns]
+        return [row.title, row.status, *middle[1:], text.error(row), row.reason]
+    started = row.first_s if results.on_gpu and row.first_s is not None else 0.0
     notes = [
         "timed once, as a call takes so long" if len(row.times) == 1 else "",
+        f"ready after {started:.0f} s" if started >= SLOW_START_S else "",
         f"peak memory: {row.peak_reason}" if row.peak_reason else "",
     ]
     return [
         row.title,
-        text.seconds(row.median),
-        text.seconds(min(row.times)),
-        f"{text.seconds(low)} to {text.seconds(high)}",
-        str(len(row.times)),
-        peak,
-        f"{row.gflops:.3g}",
-        "-" if row.share is None else f"{row.share:.0%}",
-        f"{best_peer.median / row.median:.3g}x" if best_peer else "-",
+        *(say(row) for say in columns.values()),
         text.error(row),
         "; ".join(filter(None, notes)),
     ]

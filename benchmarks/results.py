@@ -34,11 +34,20 @@ class Row:
     times: list[float] = field(default_factory=list)
     ceiling_flops: int | None = None  # see `implementation.Ceiling`
     ceiling_flops_per_second: float | None = None
+    ceiling_bytes: int | None = None
+    ceiling_bytes_per_second: float | None = None
+    precision: str = "highest"  # of float32 products
+    first_s: float | None = None  # to prepare it, compiling included, and to call it once
 
     @classmethod
     def of(cls, case: Case, implementation: Implementation) -> Row:
         return cls(
-            case.name, implementation.name, implementation.title, implementation.ours, case.flops
+            case.name,
+            implementation.name,
+            implementation.title,
+            implementation.ours,
+            case.flops,
+            precision=implementation.precision,
         )
 
     @property
@@ -66,6 +75,29 @@ class Row:
         return self.ceiling_flops / self.median / self.ceiling_flops_per_second
 
     @property
+    def floor(self) -> float | None:
+        """Seconds that the operations and bytes of its plan take at least, where that is known."""
+        least = [
+            amount / speed
+            for amount, speed in (
+                (self.ceiling_flops, self.ceiling_flops_per_second),
+                (self.ceiling_bytes, self.ceiling_bytes_per_second),
+            )
+            if amount is not None and speed is not None
+        ]
+        return max(least, default=None)
+
+    @property
+    def gflops_done(self) -> float | None:
+        """Thousand million operations a second, by those of its plan."""
+        return None if self.ceiling_flops is None else self.ceiling_flops / self.median / 1e9
+
+    @property
+    def gbytes(self) -> float | None:
+        """Thousand million bytes a second, by those that its plan must move."""
+        return None if self.ceiling_bytes is None else self.ceiling_bytes / self.median / 1e9
+
+    @property
     def worst_error(self) -> tuple[str, float] | None:
         return worst(self.errors) if self.errors else None
 
@@ -75,12 +107,16 @@ class Row:
             low, high = self.spread
             found["seconds"] = {
                 "median": self.median,
+                "p50": self.median,
                 "min": min(self.times),
                 "p20": low,
                 "p80": high,
             }
             found["gflops"] = self.gflops
             found["share_of_peak"] = self.share
+            found["gflops_done"] = self.gflops_done
+            found["gbytes_per_second"] = self.gbytes
+            found["floor_seconds"] = self.floor
         if self.worst_error:
             found["worst_tensor"] = self.worst_error[0]
         return found
@@ -97,7 +133,8 @@ class Results:
     """A whole run.
 
     Attributes:
-        machine: versions, commit, processor, threads (see `machine.describe`).
+        machine: versions, commit, processor, threads, GPU (see `machine.describe`), and the
+            "minutes" that the run was given.
         references: by case, how the right answer was computed.
         rows: in the order they were measured.
     """
@@ -119,16 +156,43 @@ class Results:
             (row for row in self.of_case(case) if row.implementation == implementation), None
         )
 
+    @property
+    def on_gpu(self) -> bool:
+        return "gpu" in self.machine
+
+    def _exact(self, case: str) -> list[Row]:
+        return [
+            row
+            for row in self.of_case(case)
+            if row.status == "timed" and row.precision == "highest"
+        ]
+
     def best(self, case: str, *, ours: bool) -> Row | None:
-        """The fastest of ours, or of the peers, that was timed on the case."""
-        timed = [row for row in self.of_case(case) if row.status == "timed" and row.ours == ours]
+        """The fastest of ours, or of the peers, that was timed on the case at full precision."""
+        timed = [row for row in self._exact(case) if row.ours == ours]
         return min(timed, key=lambda row: row.median, default=None)
+
+    def lowest_floor(self, case: str) -> Row | None:
+        """Whose plan takes the least time on the case at full precision, where any is known."""
+        floors = [(row.floor, i, row) for i, row in enumerate(self._exact(case)) if row.floor]
+        return min(floors)[-1] if floors else None
+
+    def share_of_floor(self, row: Row) -> float | None:
+        """The floor of its plan, or the case's for one without a plan, as a part of its time."""
+        if row.status != "timed":
+            return None
+        floor = row.floor
+        if floor is None and row.precision == "highest" and (lowest := self.lowest_floor(row.case)):
+            floor = lowest.floor
+        return None if floor is None else floor / row.median
 
     def save(self, path: Path) -> None:
         content = {
             "machine": self.machine,
             "references": self.references,
-            "rows": [row.to_json() for row in self.rows],
+            "rows": [
+                row.to_json() | {"share_of_floor": self.share_of_floor(row)} for row in self.rows
+            ],
         }
         path.write_text(json.dumps(content, indent=1) + "\n")
 

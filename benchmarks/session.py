@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import machine, timing
+from benchmarks import gpu, machine, timing
 from benchmarks.cases import named
 from benchmarks.results import Results, Row
 from benchmarks.text import describe
@@ -52,7 +52,7 @@ class Session:
 def run(pairs: Sequence[tuple[str, str]], settings: Settings) -> tuple[Results, bool]:
     """Measure the pairs of case and implementation; also whether all of ours were right."""
     session = Session(pairs, settings)
-    found = machine.describe(settings.device)
+    found = machine.describe(settings.device) | {"minutes": settings.budget.minutes}
     with tempfile.TemporaryDirectory() as folder:
         timings = Path(folder) / "timings.json"
         exit_code = pytest.main(
@@ -70,6 +70,8 @@ def run(pairs: Sequence[tuple[str, str]], settings: Settings) -> tuple[Results, 
             ],
             plugins=[session],
         )
+        if settings.gpu:
+            found["gpu"]["after"] = _state_after()
         # Not written when nothing was timed.
         measured = json.loads(timings.read_text())["benchmarks"] if timings.exists() else []
     for entry in measured:
@@ -79,6 +81,13 @@ def run(pairs: Sequence[tuple[str, str]], settings: Settings) -> tuple[Results, 
         session.rows.values(), key=lambda row: pairs.index((row.case, row.implementation))
     )
     return Results(found, session._references, rows), exit_code == pytest.ExitCode.OK
+
+
+def _state_after() -> dict[str, str]:
+    try:
+        return gpu.state()
+    except RuntimeError as error:  # an implementation has broken it
+        return {"error": str(error).strip().splitlines()[0]}
 
 
 def pairs_of(cases: Sequence[str], implementations: Sequence[str]) -> list[tuple[str, str]]:

@@ -13,6 +13,18 @@ def seconds(value: float) -> str:
     return f"{value * 1e6:.3g} us"
 
 
+def number(value: float | None, unit: float = 1.0) -> str:
+    """1_234.5 in thousands is "1.23"."""
+    return "-" if value is None else f"{value / unit:.3g}"
+
+
+def share(value: float | None) -> str:
+    """0.25 is "25%"; small ones keep a digit."""
+    if value is None:
+        return "-"
+    return f"{value:.0%}" if value >= 0.095 else f"{value:.1%}"
+
+
 def size(count: int | None) -> str:
     """1_500_000 is "1.5 MB"."""
     return "-" if count is None else f"{count / 1e6:.3g} MB"

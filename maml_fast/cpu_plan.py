@@ -6,28 +6,14 @@ import functools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from maml_fast import cpu_cost, cpu_features
 from maml_fast.cost import cost_of
-from maml_fast.layers import Asked, LayerPlan, Shapes
+from maml_fast.layers import Asked, LayerPlan, Shapes, Variant
 from maml_fast.ops import Linear, MergeRows, Operation, SplitRows
-
-
-class Variant(NamedTuple):
-    """What a program depends on beside the layers."""
-
-    loss: str
-    inner_steps: int
-    rows: int
-    query_rows: int
-    first_order: bool
-    gradient: bool
-    exports: bool  # of the adapted parameters
-    adapting: tuple[str, ...]
-    learning: frozenset[str]  # parameters whose rates want a gradient
 
 
 @dataclass(frozen=True)

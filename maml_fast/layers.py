@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -25,6 +26,22 @@ class Asked:
     backend: str
     fast_weights: str
     chunk_size: int | None
+    precision: str = "highest"  # torch.get_float32_matmul_precision(); of Triton's kernels
+    cuda_graphs: bool = True
+
+
+class Variant(NamedTuple):
+    """What a compiled program depends on beside the layers."""
+
+    loss: str
+    inner_steps: int
+    rows: int
+    query_rows: int
+    first_order: bool
+    gradient: bool
+    exports: bool  # of the adapted parameters
+    adapting: tuple[str, ...]
+    learning: frozenset[str]  # parameters whose rates want a gradient
 
 
 @dataclass(frozen=True)

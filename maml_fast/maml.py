@@ -94,6 +94,8 @@ class MAML(nn.Module):
     backend: "auto", "triton", "cpu", "torch", "functional" or "reference".
     chunk_size: tasks a pass; None: chosen to fit memory.
     fast_weights: "auto" (per layer, by cost), "factored" or "dense"; of planned backends only.
+    cuda_graphs: whether backend "triton" may keep a meta-step as a CUDA graph once it comes again
+        with data of the same shapes, and replay it from then on.
 
     Computes in the dtype of the model, under `torch.autocast` too. Batch norm uses whatever the
     module's mode says for the rows of one task at a time; running statistics are never updated.
@@ -111,6 +113,7 @@ class MAML(nn.Module):
         backend: str = "auto",
         chunk_size: int | None = None,
         fast_weights: str = "auto",
+        cuda_graphs: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -125,6 +128,7 @@ class MAML(nn.Module):
         self.backend = backend
         self.chunk_size = chunk_size
         self.fast_weights = fast_weights
+        self.cuda_graphs = cuda_graphs
         self._check_options()
         self._planner = Planner()
 
@@ -142,6 +146,8 @@ class MAML(nn.Module):
         _check_count("inner_steps", self.inner_steps, least=0)
         if not isinstance(self.first_order, bool):
             raise TypeError(f"first_order is {self.first_order!r}; wanted is True or False")
+        if not isinstance(self.cuda_graphs, bool):
+            raise TypeError(f"cuda_graphs is {self.cuda_graphs!r}; wanted is True or False")
         _check_choice("reduction", self.reduction, ("mean", "sum"))
         _check_choice("backend", self.backend, BACKENDS)
         _check_choice("fast_weights", self.fast_weights, FAST_WEIGHTS)
@@ -208,15 +214,15 @@ class MAML(nn.Module):
         return MetaStepResult(loss, *rest), gradients
 
     def _run(self, plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:
-        quick = plan.backend == "cpu" and not torch.is_inference_mode_enabled()
-        if quick:  # it records nothing, and puts nothing into the model
+        quick = plan.reads_memory and not torch.is_inference_mode_enabled()
+        if quick:
             outcome = meta_step.run(plan, problem, batch, gradient)
             if outcome.finite:
                 return outcome
         with using(self.model, plan), plain(batch.support_x.device.type):
             if not quick:
                 outcome = meta_step.run(plan, problem, batch, gradient)
-            if plan.backend == "cpu" and problem.loss == "cross_entropy" and not outcome.finite:
+            if plan.reads_memory and problem.loss == "cross_entropy" and not outcome.finite:
                 check_classes(batch, plan.output[-1])  # one that there is not makes the loss NaN
             check_finite(plan, problem, batch, outcome)
         return outcome
@@ -289,8 +295,8 @@ class MAML(nn.Module):
         call = self._call(batch, inner_steps)
         planned = self._planner.recall(call)
         if planned is not None:
-            detached = detached or planned.plan.backend != "cpu"
-            if self.loss == "cross_entropy" and detached:  # else `_run` hears of it from C++
+            detached = detached or not planned.plan.reads_memory
+            if self.loss == "cross_entropy" and detached:  # else `_run` hears of it from the loss
                 check_classes(batch, planned.outputs[1].shape[-1])
             return planned, self._problem(inner_steps, planned, detached)
         check_batch(batch, next(self.model.parameters(), None))
@@ -328,6 +334,8 @@ class MAML(nn.Module):
             self.backend,
             self.fast_weights,
             self.chunk_size,
+            torch.get_float32_matmul_precision(),
+            self.cuda_graphs,
         )
 
     def _problem(self, inner_steps: int, planned: Planned, detached: bool = True) -> Problem:

@@ -6,14 +6,14 @@ T tasks, N support rows, M query rows, S inner steps, I/O features of a linear l
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from maml_fast import cpu_features, cpu_plan
+from maml_fast import cpu_features, cpu_plan, triton_features, triton_plan
 from maml_fast.cost import choose_form
 from maml_fast.errors import UnavailableBackendError, UnsupportedModelError
 from maml_fast.layers import Asked, LayerPlan, Shapes, plan_layers
@@ -21,13 +21,12 @@ from maml_fast.ops import Linear
 from maml_fast.trace import batching_refusals
 
 BACKENDS = ("auto", "triton", "cpu", "torch", "functional", "reference")
-PLANNED = ("cpu", "torch")  # that run a chain of operations with fast weights in forms
-CHOSEN_CPU = ("cpu", "plans every layer")
+PLANNED = ("triton", "cpu", "torch")  # that run a chain of operations with fast weights in forms
 FAST_WEIGHTS = ("auto", "factored", "dense")
 
 # What a pass may keep at once; more tasks than fit are taken in several passes. On a CPU small
 # passes stay near the cache; functional keeps the parameters of every step, and bounds them.
-CPU_PASS_BYTES = {"torch": 24 << 20, "functional": 32 << 20}
+CPU_PASS_BYTES = {"torch": 24 << 20, "functional": 32 << 20, "triton": 24 << 20}
 GPU_PASS_SHARE = 0.25
 
 
@@ -45,12 +44,33 @@ class Plan:
     refusals: list[str] = field(default_factory=list)
     forward_mode: bool = True  # how functional takes Hessian-vector products
     cpu: cpu_plan.CpuPlan | None = None
-    programs: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # of "cpu"
+    triton: triton_plan.TritonPlan | None = None
+    # Of the compiled backends, prepared
+    programs: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def flops(self) -> int:
         """Of linear layers, all tasks, one meta-step; 0 if the model is not planned."""
         return self.shapes.tasks * sum(layer.cost.flops for layer in self.layers if layer.cost)
+
+    @property
+    def bytes(self) -> int:
+        """That must move, all tasks, one meta-step: the data once, and weights of each task's own
+        in forms that have them in memory. 0 if the model is not planned."""
+        if not self.layers:
+            return 0
+        shapes = self.shapes
+        data = sum(math.prod(rows) for rows in (shapes.support, shapes.query))
+        weights = sum(layer.cost.weight_bytes for layer in self.layers if layer.cost)
+        if self.triton is not None and self.triton.kernels == "fused":
+            weights = 0  # they stay in the caches
+        return shapes.tasks * (data * shapes.dtype.itemsize + weights)
+
+    @property
+    def reads_memory(self) -> bool:
+        """Whether the backend reads no more of a parameter than its memory, and makes the loss NaN
+        where a class is out of range: it records nothing, and puts nothing into the model."""
+        return self.backend == "cpu" or (self.triton is not None and self.triton.kernels == "fused")
 
     def __str__(self) -> str:
         shapes = self.shapes
@@ -79,6 +99,8 @@ class Plan:
             lines.append(f"{self.flops / 1e9:.3f} GFLOP a meta-step in linear layers")
         if self.cpu is not None:
             lines.append(self.cpu.describe(doubles=shapes.dtype == torch.float64))
+        if self.triton is not None:
+            lines.append(self.triton.describe())
         if self.refusals:
             lines.append("cannot be planned:")
             lines += [f"  {refusal}" for refusal in self.refusals]
@@ -104,19 +126,24 @@ def make_plan(
     refusals = list(refusals)
     if backend in ("auto", *PLANNED) and not refusals:
         layers, refusals = plan_layers(model, asked, shapes, adapting)
-    not_by_cpu = cpu_plan.refusals(layers, shapes) if backend in ("auto", "cpu") else []
-    if backend == "cpu":
-        refusals += not_by_cpu
+    not_by = {
+        name: compiled.refusals(layers, shapes)
+        for name, compiled in (("triton", triton_plan), ("cpu", cpu_plan))
+        if backend in ("auto", name)
+    }
+    refusals += not_by.get(backend, [])
     if backend in PLANNED and refusals:
         raise UnsupportedModelError(
             f"backend {backend!r} cannot run this model: " + "; ".join(refusals)
         )
     if backend == "auto":
-        backend, reason = ("torch", f"cpu cannot: {not_by_cpu[0]}") if not_by_cpu else CHOSEN_CPU
+        backend, reason = _choose(not_by, shapes)
         if refusals:
             backend, reason = "functional", "the planned backends cannot run this model (below)"
-    cpu = None
-    if backend == "cpu":
+    cpu = triton = None
+    if backend == "triton":
+        layers, triton = triton_plan.plan_for_triton(layers, asked, shapes, adapting)
+    elif backend == "cpu":
         layers, cpu = cpu_plan.plan_for_cpu(layers, asked, shapes, adapting)
     elif backend == "torch":
         layers = [_with_form(layer, asked, shapes) for layer in layers]
@@ -132,20 +159,31 @@ def make_plan(
         )
     chunk_size = asked.chunk_size
     if chunk_size is None:
-        chunk_size = _chunk_size(model, backend, layers, shapes, asked.inner_steps)
+        if backend in ("reference", "cpu") or (triton is not None and triton.kernels == "fused"):
+            chunk_size = shapes.tasks  # their memory does not grow with the tasks
+        else:
+            chunk_size = _chunk_size(model, backend, layers, shapes, asked.inner_steps)
         passes = math.ceil(shapes.tasks / chunk_size)
         chunk_size = math.ceil(shapes.tasks / passes)  # of about one size
     chunk_size = min(chunk_size, shapes.tasks)
-    return Plan(backend, reason, asked, shapes, output, chunk_size, layers, refusals, cpu=cpu)
+    return Plan(
+        backend, reason, asked, shapes, output, chunk_size, layers, refusals, cpu=cpu, triton=triton
+    )
 
 
 def _check_available(backend: str) -> None:
     if backend == "cpu":
         cpu_features.extension()
-    if backend == "triton":
-        raise UnavailableBackendError(
-            "backend 'triton' has no meta-step in this version; take 'torch'"
-        )
+    if backend == "triton" and (missing := triton_features.why_unavailable()):
+        raise UnavailableBackendError(f"backend 'triton' cannot run here: {missing}")
+
+
+def _choose(not_by: Mapping[str, Sequence[str]], shapes: Shapes) -> tuple[str, str]:
+    """The fastest planned backend for the data's device, and why."""
+    name = "triton" if shapes.device.type == "cuda" else "cpu"
+    if not_by[name]:
+        return "torch", f"{name} cannot: {not_by[name][0]}"
+    return name, "plans every layer"
 
 
 def _with_form(layer: LayerPlan, asked: Asked, shapes: Shapes) -> LayerPlan:
@@ -160,8 +198,6 @@ def _chunk_size(
     model: nn.Module, backend: str, layers: list[LayerPlan], shapes: Shapes, inner_steps: int
 ) -> int:
     """Tasks a pass. A function of sizes alone, so that the same call gives the same bits."""
-    if backend in ("reference", "cpu"):
-        return shapes.tasks
     if backend == "functional":
         copies = inner_steps + 4  # of the parameters: each step's, a gradient, the adjoint's
         kept = copies * sum(p.numel() for p in model.parameters())

@@ -125,7 +125,7 @@ class AdaptedTasks(Protocol):
 
 
 class Stepper(Protocol):
-    """A backend in pieces, for `meta_step.drive`: fast weights in, losses and adjoints out.
+    """A backend in pieces, for `stepping.drive`: fast weights in, losses and adjoints out.
 
     The types of fast weights, traces and adjoints are the backend's own business.
     """

@@ -1,9 +1,13 @@
 """A strict session: fresh buffers are NaN, so that a store left out turns a comparison red."""
 
 import itertools
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything loads Triton's kernels
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from maml_fast import cpu_cost, cpu_features
 from tests.engines import ENGINES, LAYOUTS

@@ -19,6 +19,7 @@ SMOOTH = {
     "silu": nn.SiLU,
     "sigmoid": nn.Sigmoid,
 }
+IN_DOUBLE = ("cpu", "torch")  # planned backends that know float64
 ORACLES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": lambda z, y: ((z - y) ** 2).mean(),
     "cross_entropy": F.cross_entropy,

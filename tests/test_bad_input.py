@@ -10,6 +10,7 @@ from maml_fast import (
     UnavailableBackendError,
     UnsupportedModelError,
     cpu_features,
+    triton_features,
 )
 from tests.networks import Draw
 
@@ -183,9 +184,17 @@ def test_a_model_that_is_none():
         MAML(lambda x: x)
 
 
-def test_a_backend_that_is_not_there():
-    with pytest.raises(UnavailableBackendError, match="triton"):
+@pytest.mark.parametrize(
+    ("has_triton", "words"),
+    [(False, "package triton is not installed"), (True, "no GPU.*TRITON_INTERPRET=1.*'torch'")],
+)
+def test_triton_without_what_it_needs(monkeypatch, has_triton, words):
+    monkeypatch.setattr(triton_features, "installed", lambda: has_triton)
+    monkeypatch.setattr(triton_features, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnavailableBackendError, match=f"'triton'.*{words}"):
         call(good(), "triton")
+    call(good(), "auto")
 
 
 def test_cpu_without_its_extension(monkeypatch):

@@ -10,8 +10,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from maml_fast import MAML
-from maml_fast.plan import PLANNED
-from tests.networks import Draw, assert_close, gradients
+from tests.networks import IN_DOUBLE, Draw, assert_close, gradients
 
 SIZES, TASKS, WORLD = (3, 5, 2), 6, 2
 
@@ -43,7 +42,7 @@ def worker(rank, store, backend, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("backend", PLANNED)
+@pytest.mark.parametrize("backend", IN_DOUBLE)
 def test_gradients_are_averaged(backend, tmp_path):
     arguments = (str(tmp_path / "store"), backend, str(tmp_path))
     workers = mp.spawn(worker, arguments, nprocs=WORLD, join=False)

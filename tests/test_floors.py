@@ -7,12 +7,13 @@ import maml_fast
 
 ROOT = Path(maml_fast.__file__).parent
 FLOORS = [
+    {"kernels"},
     {"errors", "openmp", "cost"},
-    {"cpu_features", "cpu_cost"},
+    {"cpu_features", "cpu_cost", "triton_features", "triton_cost"},
     {"ops", "losses"},
     {"fast_weights", "trace", "problem"},
     {"rates", "layers"},
-    {"cpu_plan"},
+    {"cpu_plan", "triton_plan"},
     {"plan"},
     {"surroundings"},
     {"backends", "inputs"},
@@ -72,10 +73,23 @@ def test_imports_run_downward():
     assert seen > 30
 
 
+def test_kernels_import_nothing_from_above():
+    files = list(ROOT.joinpath("kernels").rglob("*.py")) or list(
+        ROOT.parent.joinpath("kernels").rglob("*.py")
+    )
+    assert len(files) > 5
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 1 or not node.module.startswith("maml_fast"), file
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("maml_fast") for alias in node.names), file
+
+
 def test_the_package_needs_no_extras():
     """`import maml_fast` works without what the command line needs."""
-    allowed = {"torch", "numpy", "maml_fast"}
-    for floor in FLOORS[:12]:
+    allowed = {"torch", "numpy", "triton", "maml_fast"}
+    for floor in FLOORS[1:13]:
         for name in floor:
             path = ROOT.joinpath(*name.split("."))
             for file in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from maml_fast import MAML, UnsupportedModelError, cpu_cost
 from maml_fast.cost import LayerUse, dense_cost, factored_cost
 from maml_fast.plan import CPU_PASS_BYTES
-from maml_fast.plan import PLANNED as BACKENDS
 from maml_fast.trace import trace
+from tests.networks import IN_DOUBLE as BACKENDS
 from tests.networks import Draw, assert_close, by_graph, gradients
 
 IN, OUT = 6, 3

@@ -22,6 +22,7 @@ class AutogradLoop(Implementation):
     name = "loop"
     title = "autograd loop"
     one_by_one = True
+    turn = 0
 
     def prepare(self, problem: Problem) -> MetaStep:
         case, episodes = problem.case, problem.episodes

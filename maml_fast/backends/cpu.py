@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from maml_fast.cpu_plan import Variant, prepare
+from maml_fast.backends.addresses import address, in_memory
+from maml_fast.cpu_plan import prepare
+from maml_fast.layers import Variant
 from maml_fast.ops import Linear
 from maml_fast.plan import Plan
 from maml_fast.problem import FlatGradients, Outcome, Problem, TaskBatch
@@ -128,13 +130,13 @@ class Program:
                 by_step = torch.empty(2, variant.inner_steps, dtype=torch.float64)
             rate_gradients.append(by_step)
             addresses += (
-                _address(parameters[op.weight], alive),
-                _address(parameters[bias], alive) if bias else 0,
+                address(parameters[op.weight], alive),
+                address(parameters[bias], alive) if bias else 0,
                 flat_start + weight_start if flat_start and weight_start >= 0 else 0,
                 flat_start + bias_start if flat_start and bias_start >= 0 else 0,
-                _address(by_step, alive),
-                _address(adapted.get(op.weight), alive) if adapted else 0,
-                _address(adapted.get(bias), alive) if adapted else 0,
+                address(by_step, alive),
+                address(adapted.get(op.weight), alive) if adapted else 0,
+                address(adapted.get(bias), alive) if adapted else 0,
             )
             rates.append((values.get(op.weight, ()), values.get(bias, ())))
         finite = self.prepared.run(tasks, addresses, rates, torch.get_num_threads())
@@ -163,35 +165,8 @@ def _rows(tensor: Tensor | None, alive: list[Tensor]) -> tuple[int, int, int]:
     """The address of rows [T, N, ...], and the numbers from task to task and from row to row."""
     if tensor is None:
         return 0, 0, 0
-    tensor = _in_memory(tensor, alive)
+    tensor = in_memory(tensor, alive)
     if not tensor.is_contiguous() and not tensor[0, 0].is_contiguous():
         tensor = tensor.contiguous()
         alive.append(tensor)
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
-
-
-def _address(tensor: Tensor | None, alive: list[Tensor]) -> int:
-    if tensor is None:
-        return 0
-    tensor = _in_memory(tensor, alive)
-    if not tensor.is_contiguous():
-        tensor = tensor.contiguous()
-        alive.append(tensor)
-    return tensor.data_ptr()
-
-
-def _in_memory(tensor: Tensor, alive: list[Tensor]) -> Tensor:
-    """The tensor, or a copy where its memory does not hold its numbers: torch may leave a sign, or
-    zeros, to be applied later. `alive` keeps copies."""
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-        alive.append(tensor)
-    if tensor.data_ptr() == 0 and tensor.numel():
-        if not tensor._is_zerotensor():
-            raise ValueError(
-                f"a tensor of shape {list(tensor.shape)} among the data or the model's parameters "
-                "has lost its memory; its storage was resized to nothing"
-            )
-        tensor = torch.zeros(tensor.shape, dtype=tensor.dtype)
-        alive.append(tensor)
-    return tensor

@@ -52,7 +52,7 @@ HINTS = (
 
 
 class FunctionalStepper:
-    """The meta-step of one chunk of tasks, for `meta_step.drive`."""
+    """The meta-step of one chunk of tasks, for `stepping.drive`."""
 
     def __init__(self, problem: Problem, batch: TaskBatch, forward_mode: bool = True) -> None:
         self.problem, self.batch = problem, batch

@@ -37,16 +37,16 @@ class Trace:
 
 
 class PlannedStepper:
-    """One chunk of tasks, for `meta_step.drive`; fast weights are the number of a step."""
+    """One chunk of tasks, for `stepping.drive`; fast weights are the number of a step."""
 
     def __init__(self, problem: Problem, batch: TaskBatch, plan: Plan, gradient: bool) -> None:
         assert isinstance(problem.loss, str)  # the plan refuses others
         self.problem, self.batch, self.gradient = problem, batch, gradient
         self.loss = LOSSES[problem.loss]
-        prelude = [_frozen_stage(layer, problem) for layer in plan.layers if layer.prelude]
+        prelude = [frozen_stage(layer, problem) for layer in plan.layers if layer.prelude]
         self.prelude = prelude
-        self.support_x = _through(prelude, batch.support_x)
-        self.query_x = _through(prelude, batch.query_x)
+        self.support_x = through(prelude, batch.support_x)
+        self.query_x = through(prelude, batch.query_x)
         self.layers = [layer for layer in plan.layers if not layer.prelude]
         self.stages = [self._stage(layer, i) for i, layer in enumerate(self.layers)]
         self.fast = {i: s for i, s in enumerate(self.stages) if isinstance(s, FastLinear)}
@@ -57,7 +57,7 @@ class PlannedStepper:
             return op
         problem, batch = self.problem, self.batch
         if layer.form == "shared":
-            return _frozen_stage(layer, problem)
+            return frozen_stage(layer, problem)
         spec = _spec(op, problem, batch.tasks)
         second_order = self.gradient and not problem.first_order
         if layer.form == "dense":
@@ -164,7 +164,7 @@ class AdaptedByPlan:
 
     def predict(self, query_x: Tensor) -> Tensor:
         """[T, M, ...] -> [T, M, ...]"""
-        return self.stepper._values(self.step, _through(self.stepper.prelude, query_x))[0]
+        return self.stepper._values(self.step, through(self.stepper.prelude, query_x))[0]
 
     def parameters(self) -> dict[str, Tensor]:
         """{name: [T, *shape]}"""
@@ -196,12 +196,12 @@ def _spec(op: Linear, problem: Problem, tasks: int) -> LinearSpec:
     )
 
 
-def _frozen_stage(layer: LayerPlan, problem: Problem) -> Stage:
+def frozen_stage(layer: LayerPlan, problem: Problem) -> Stage:
     op = layer.link.op
     return op if isinstance(op, Operation) else SharedLinear(_spec(op, problem, 1))
 
 
-def _through(stages: list[Stage], x: Tensor) -> Tensor:
+def through(stages: list[Stage], x: Tensor) -> Tensor:
     for stage in stages:
         x, _ = stage.forward(0, x)
     return x
