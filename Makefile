@@ -17,7 +17,7 @@ INSTALLED_FROM := pyproject.toml constraints.txt $(shell find csrc -type f)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installations into one environment would disturb each other
-.PHONY: help demo test sanitize bench lint format clean check-python
+.PHONY: help demo test sanitize kernels bench gpu lint format clean check-python
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
@@ -49,8 +49,20 @@ $(SANITIZED)/.installed: $(INSTALLED_FROM) $(VENV)/.installed-test
 	    --disable-pip-version-check --no-deps --config-settings install.strip=false --editable .
 	@touch $@
 
+# Compiled for three GPUs, of which none need be here; spills beyond those recorded, products that are not what was meant, and
+# too much shared memory are failures.
+kernels: $(VENV)/.installed-test ## Compile all Triton kernels for sm_90, sm_80 and gfx942 and look at their code
+	$(BIN)/python -m tests.compiled $(ARGS)
+
 bench: $(VENV)/.installed-bench ## Run the benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Nine minutes at most, of which the benchmarks take what the tests leave.
+gpu: $(VENV)/.installed-test ## On a machine with a GPU: run the tests there, then the benchmarks with the peers
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch finds no GPU here")'
+	$(BIN)/python -m pytest -q tests/test_gpu.py tests/test_triton.py tests/test_triton_layers.py tests/test_attend.py \
+	    tests/test_matmul.py tests/test_operations_triton.py tests/test_losses_triton.py tests/test_compiled_caller.py
+	$(BIN)/python -m benchmarks --device cuda --minutes 5 $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style and types
 	$(BIN)/ruff check

@@ -20,11 +20,15 @@ def _count(x):
 
 
 @triton.jit
-def activate(z, which, ACTIVATIONS: tl.constexpr):
+def activate(z, is_feature, which, ACTIVATIONS: tl.constexpr):
+    """f(Z) of a tile; 0 in the columns behind the features, where Z is 0."""
     y = z
     for i in tl.static_range(_count(ACTIVATIONS)):
-        if which == i:
-            y = pointwise.value(z, _chain(ACTIVATIONS, i))
+        if _count(_chain(ACTIVATIONS, i)) > 0:
+            if which == i:
+                y = pointwise.value(z, _chain(ACTIVATIONS, i))
+                if pointwise.moves_zero(_chain(ACTIVATIONS, i)):
+                    y = tl.where(is_feature[None, :], y, 0.0)
     return y
 
 

@@ -47,14 +47,26 @@ class Sizes:
 
 
 def default_config(sizes: Sizes) -> Config:
-    """Tiles that fit the registers; nothing was timed yet."""
+    """Tiles that fit the registers, as compiled for sm_90; nothing was timed yet.
+
+    Widths that are no multiples of 16 take more registers: an address for each number.
+    """
     if not sizes.keys:  # no products: a tile of any shape
         width = min(256, triton.next_power_of_2(sizes.width))
         return Config(2048 // width, 16, 16, width, 4, 1)
-    rows = min(64, max(16, triton.next_power_of_2(sizes.rows)))
+    aligned = sizes.features % 16 == 0 and sizes.width % 16 == 0
+    width = max(16, triton.next_power_of_2(sizes.width))
     keys = 16 if sizes.keys <= 16 else 32
-    width = min(256 if rows < 64 else 128, max(16, triton.next_power_of_2(sizes.width)))
-    return Config(rows, keys, 32, width, 8 if rows * width > 4096 else 4, 2)
+    if sizes.rows <= 16:
+        width = min(width, 256 if aligned else 64)
+        return Config(16, keys, 16 if width == 256 else 32, width, 4, 2)
+    if sizes.rows <= 32:
+        if aligned and width >= 128:
+            return Config(32, keys, 32, 128, 8, 2)
+        return Config(32, keys if aligned else 16, 32, min(width, 64), 4, 2)
+    if aligned:
+        return Config(64, keys, 16, min(width, 128), 8, 2)
+    return Config(64, 16, 16, min(width, 64), 8, 2)
 
 
 @dataclass(frozen=True)

@@ -22,17 +22,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .linear import (
-    backward,
-    descend,
-    forward,
-    pull_back,
-    put_rate_gradients,
-    tangent,
-    tangent_backward,
-)
+from .linear import backward, forward, tangent, tangent_backward
 from .network_loss import loss_pass, loss_tangent, put_outputs
 from .table import FIELDS, add_gradients, copy_parameters, copy_rows, place, zero
+from .weights import descend, pull_back, put_rate_gradients
 
 # Numbers that differ from network to network and must not make a kernel of their own
 UNSPECIALIZED = ("T", "N", "M", "S", "L", "C", "P", "support_scale", "query_scale")
@@ -43,7 +36,7 @@ def meta_step(
     support_x, support_y, query_x, query_y,  # [T, N, I0], [T, N, C] or classes [T, N]; and M
     layers,  # int32 [L, FIELDS]
     addresses,  # int64 [L, 2] of weight [O, I] and bias [O]; 0: none
-    rates,  # [S, L, 2] of weight and bias
+    rates,  # [S + 1, L, 2] of weight and bias; the last -1
     scratch,  # [programs, program_size]
     task_losses, support_losses, query_outputs,  # [T], [T, S], [T, M, C]
     gradients,  # [programs, P]
@@ -59,7 +52,11 @@ def meta_step(
     GRADIENT: tl.constexpr,
     SECOND_ORDER: tl.constexpr,
     LEARNS: tl.constexpr,  # rates
-    ROWS: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr, CLASSES: tl.constexpr,
+    ROWS: tl.constexpr, ALL_ROWS: tl.constexpr,  # of a tile; whether a task has no more
+    INNER: tl.constexpr,  # features summed at a time
+    OUTER: tl.constexpr, ALL_OUTER: tl.constexpr,  # of a tile; whether no layer has more
+    TALL: tl.constexpr,  # rows of a tile of weights
+    CLASSES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -70,15 +67,20 @@ def meta_step(
     kept: tl.constexpr = 2 + KEEPS_Z + CURVED
     tangents = steps + (S + 1) * kept * node_size  # t_Y, t_D, t_Z if curved
     gradients += program.to(tl.int64) * P
-    copy_parameters(layers, addresses, theta, L, INNER, OUTER)
+    copy_parameters(layers, addresses, theta, L, TALL, OUTER, ALL_OUTER)
     if GRADIENT:
         zero(gradients, P)
     programs = tl.num_programs(0)
     for turn in tl.range(0, tl.cdiv(T - program, programs), num_stages=1):
         t = program.to(tl.int64) + turn * programs
         width, stride = tl.load(layers), place(layers + 3)
-        copy_rows(support_x + t * N * width, inputs, N, width, stride, ROWS, OUTER)
-        copy_rows(query_x + t * M * width, inputs + input_size, M, width, stride, ROWS, OUTER)
+        copy_rows(
+            support_x + t * N * width, inputs, N, width, stride, ROWS, ALL_ROWS, OUTER, ALL_OUTER
+        )
+        copy_rows(
+            query_x + t * M * width, inputs + input_size, M, width, stride,
+            ROWS, ALL_ROWS, OUTER, ALL_OUTER,
+        )  # fmt: skip
         tl.debug_barrier()
         for k in tl.range(0, S + 1, num_stages=1):
             n, x = N, inputs
@@ -90,27 +92,27 @@ def meta_step(
             for l in tl.range(0, L, num_stages=1):
                 forward(
                     layers + l * FIELDS, l == 0, weights, x, y, z, n,
-                    ACTIVATIONS, KEEPS_Z, ROWS, INNER, OUTER, PRECISION,
+                    ACTIVATIONS, KEEPS_Z, ROWS, ALL_ROWS, INNER, OUTER, ALL_OUTER, PRECISION,
                 )  # fmt: skip
             last = layers + (L - 1) * FIELDS
             if k < S:
                 loss = loss_pass(
                     last, support_y, t * N, y, d, z, dy, n, C, support_scale,
-                    LOSS, ACTIVATIONS, CURVED, ROWS, CLASSES,
+                    LOSS, ACTIVATIONS, CURVED, ROWS, ALL_ROWS, CLASSES,
                 )  # fmt: skip
                 tl.store(support_losses + t * S + k, loss)
             else:
                 loss = loss_pass(
                     last, query_y, t * M, y, d, z, dy, n, C, query_scale,
-                    LOSS, ACTIVATIONS, CURVED, ROWS, CLASSES,
+                    LOSS, ACTIVATIONS, CURVED, ROWS, ALL_ROWS, CLASSES,
                 )  # fmt: skip
                 tl.store(task_losses + t, loss)
-                put_outputs(last, y, query_outputs + t * M * C, n, C, ROWS, CLASSES)
+                put_outputs(last, y, query_outputs + t * M * C, n, C, ROWS, ALL_ROWS, CLASSES)
             if GRADIENT or k < S:
                 for j in tl.range(0, L - 1, num_stages=1):
                     backward(
                         layers + (L - 1 - j) * FIELDS, weights, y, d, z, dy, n,
-                        ACTIVATIONS, CURVED, ROWS, INNER, OUTER, PRECISION,
+                        ACTIVATIONS, CURVED, ROWS, ALL_ROWS, INNER, OUTER, ALL_OUTER, PRECISION,
                     )  # fmt: skip
                 for l in tl.range(0, L, num_stages=1):
                     target = weights + theta_size
@@ -118,7 +120,8 @@ def meta_step(
                         target = lam
                     descend(
                         layers + l * FIELDS, l == 0, rates + (k * L + l) * 2, k < S,
-                        weights, target, x, y, d, n, ROWS, INNER, OUTER, PRECISION,
+                        weights, target, x, y, d, n,
+                        ROWS, ALL_ROWS, TALL, OUTER, ALL_OUTER, PRECISION,
                     )  # fmt: skip
                 tl.debug_barrier()
         if GRADIENT:
@@ -135,32 +138,35 @@ def meta_step(
                             put_rate_gradients(
                                 layers + l * FIELDS, l == 0,
                                 rate_gradients + ((t * S + k) * L + l) * 2,
-                                lam, inputs, y, d, N, ROWS, INNER, OUTER, PRECISION,
+                                lam, inputs, y, d, N,
+                                ROWS, ALL_ROWS, TALL, OUTER, ALL_OUTER, PRECISION,
                             )  # fmt: skip
                     if SECOND_ORDER:
                         for l in tl.range(0, L, num_stages=1):
                             tangent(
                                 layers + l * FIELDS, l == 0, rates + (k * L + l) * 2,
                                 weights, lam, inputs, y, z, t_y, t_z, N,
-                                ACTIVATIONS, CURVED, ROWS, INNER, OUTER, PRECISION,
+                                ACTIVATIONS, CURVED,
+                                ROWS, ALL_ROWS, INNER, OUTER, ALL_OUTER, PRECISION,
                             )  # fmt: skip
                         loss_tangent(
                             layers + (L - 1) * FIELDS, support_y, t * N, y, z, dy, t_y, t_z, t_d,
-                            N, C, support_scale, LOSS, ACTIVATIONS, CURVED, ROWS, CLASSES,
+                            N, C, support_scale, LOSS, ACTIVATIONS, CURVED, ROWS, ALL_ROWS, CLASSES,
                         )  # fmt: skip
                         for i in tl.range(0, L - 1, num_stages=1):
                             l = L - 1 - i
                             tangent_backward(
                                 layers + l * FIELDS, rates + (k * L + l) * 2, weights, lam,
                                 y, d, z, dy, t_z, t_d, N,
-                                ACTIVATIONS, CURVED, ROWS, INNER, OUTER, PRECISION,
+                                ACTIVATIONS, CURVED,
+                                ROWS, ALL_ROWS, INNER, OUTER, ALL_OUTER, PRECISION,
                             )  # fmt: skip
                         for l in tl.range(0, L, num_stages=1):
                             pull_back(
                                 layers + l * FIELDS, l == 0, lam, inputs, y, d, t_y, t_d, N,
-                                ROWS, INNER, OUTER, PRECISION,
+                                ROWS, ALL_ROWS, TALL, OUTER, ALL_OUTER, PRECISION,
                             )  # fmt: skip
                         tl.debug_barrier()
             for l in tl.range(0, L, num_stages=1):
-                add_gradients(layers + l * FIELDS, lam, gradients, INNER, OUTER)
+                add_gradients(layers + l * FIELDS, lam, gradients, TALL, OUTER, ALL_OUTER)
             tl.debug_barrier()

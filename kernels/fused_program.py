@@ -41,11 +41,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How products are cut: rows, features summed at a time, features of the result."""
+    """How products are cut: rows, features summed at a time, features of the result; and rows of a
+    weight's gradient."""
 
     rows: int
     inner: int
     outer: int
+    tall: int
     num_warps: int
 
 
@@ -79,6 +81,10 @@ class Network:
     @property
     def outputs(self) -> int:
         return self.layers[-1].out_features
+
+    @property
+    def widest(self) -> int:
+        return max(max(layer.in_features, layer.out_features) for layer in self.layers)
 
     @property
     def theta_size(self) -> int:
@@ -163,6 +169,9 @@ def constants(network: Network, tiles: Tiles, precision: str) -> dict[str, Any]:
         ROWS=tiles.rows,
         INNER=tiles.inner,
         OUTER=tiles.outer,
+        ALL_ROWS=max(network.rows, network.query_rows) <= tiles.rows,
+        ALL_OUTER=network.widest <= tiles.outer,
+        TALL=tiles.tall,
         CLASSES=triton.next_power_of_2(padded(network.outputs)),
         PRECISION=precision,
     )
@@ -217,7 +226,7 @@ def run(
     """Fill `out` for the tasks of `batch`; all tensors are contiguous and on one device.
 
     table: `network.table()`; addresses: int64 [L, 2] of weights and biases, 0 for no bias; rates:
-    [S, L, 2]; programs: at most so many run at once, each with its scratch.
+    [S + 1, L, 2] of weights and biases, 0 for no bias, and the last -1; programs: at most so many run at once, each with its scratch.
     """
     tasks = batch[0].shape[0]
     programs = min(programs, tasks)

@@ -14,7 +14,7 @@ from .table import place
 @triton.jit
 def _targets(
     targets, first_row, rows, n, columns, C, LOSS: tl.constexpr
-):  # [ROWS, CLASSES], or classes [ROWS, 1]
+):  # [ROWS, ALL_ROWS, CLASSES], or classes [ROWS, ALL_ROWS, 1]
     if LOSS == "cross_entropy":
         found = tl.load(targets + first_row + rows, mask=rows < n, other=0)[:, None]
     else:
@@ -28,13 +28,13 @@ def _targets(
 def loss_pass(
     layer, targets, first_row, y, d, z, dy, n, C, scale,
     LOSS: tl.constexpr, ACTIVATIONS: tl.constexpr, CURVED: tl.constexpr,
-    ROWS: tl.constexpr, CLASSES: tl.constexpr,
+    ROWS: tl.constexpr, ALL_ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """The loss of the rows; D of the last layer."""
     stride, out, which = place(layer + 4), place(layer + 8), tl.load(layer + 9)
     columns = tl.arange(0, CLASSES)
     sums = tl.zeros([ROWS], tl.float32)
-    for first in tl.range(0, n, ROWS, num_stages=1):
+    for first in tl.range(0, ROWS if ALL_ROWS else n, ROWS, num_stages=1):
         rows = first + tl.arange(0, ROWS)
         mask = (rows < n)[:, None] & (columns < C)[None, :]
         prediction = row_tile(y + out, rows, n, columns, stride)
@@ -50,11 +50,13 @@ def loss_pass(
 
 
 @triton.jit
-def put_outputs(layer, y, outputs, n, C, ROWS: tl.constexpr, CLASSES: tl.constexpr):
+def put_outputs(
+    layer, y, outputs, n, C, ROWS: tl.constexpr, ALL_ROWS: tl.constexpr, CLASSES: tl.constexpr
+):
     """Predictions [n, C], rows without gaps."""
     stride, out = place(layer + 4), place(layer + 8)
     columns = tl.arange(0, CLASSES)
-    for first in tl.range(0, n, ROWS, num_stages=1):
+    for first in tl.range(0, ROWS if ALL_ROWS else n, ROWS, num_stages=1):
         rows = first + tl.arange(0, ROWS)
         mask = (rows < n)[:, None] & (columns < C)[None, :]
         value = row_tile(y + out, rows, n, columns, stride)
@@ -65,12 +67,12 @@ def put_outputs(layer, y, outputs, n, C, ROWS: tl.constexpr, CLASSES: tl.constex
 def loss_tangent(
     layer, targets, first_row, y, z, dy, t_y, t_z, t_d, n, C, scale,
     LOSS: tl.constexpr, ACTIVATIONS: tl.constexpr, CURVED: tl.constexpr,
-    ROWS: tl.constexpr, CLASSES: tl.constexpr,
+    ROWS: tl.constexpr, ALL_ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """t_D of the last layer: f' t_dY + f'' t_Z dY with t_dY = L'' t_Y."""
     stride, out, which = place(layer + 4), place(layer + 8), tl.load(layer + 9)
     columns = tl.arange(0, CLASSES)
-    for first in tl.range(0, n, ROWS, num_stages=1):
+    for first in tl.range(0, ROWS if ALL_ROWS else n, ROWS, num_stages=1):
         rows = first + tl.arange(0, ROWS)
         mask = (rows < n)[:, None] & (columns < C)[None, :]
         prediction = row_tile(y + out, rows, n, columns, stride)

@@ -39,6 +39,12 @@ def is_curved(OPS):
 
 # Compiled code cannot index a tuple that holds strings: these do.
 @triton.constexpr_function
+def moves_zero(OPS):
+    """Whether f(0) is not 0, so that f fills padded columns."""
+    return any(op[0] in ("sigmoid", "softplus") for op in OPS)
+
+
+@triton.constexpr_function
 def _one(OPS, i):
     return (OPS[i],)
 

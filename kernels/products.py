@@ -1,8 +1,9 @@
 """Products of matrices in memory, one tile of the result in registers.
 
-Rows of features: X [n, width], weights W [O, I] as torch has them. Rows of activations lie
-`stride` apart, a multiple of 16; so do rows of W, but for I = 1, where W is a vector. Columns up
-to that multiple are there and zero. A width of 1 is a vector operation, never a padded product.
+Rows of features: X [n, width], weights W [O, I] as torch has them. Rows lie `stride` apart, a
+multiple of 16, and the columns up to it are there and zero. Where I or O is 1, W is a vector and
+every product with it a vector operation, never a padded product of tiles; a row of one feature has
+nothing worth reading behind it.
 """
 
 from __future__ import annotations
@@ -30,48 +31,21 @@ def put_row_tile(at, rows, row_count, columns, stride, value):
 
 
 @triton.jit
-def weight_tile(at, outs, O, ins, stride):
-    """w[outs, ins] of weights [O, I]; 0 outside."""
-    if stride == 1:
-        mask = (outs < O)[:, None] & (ins == 0)[None, :]
-        value = tl.load(at + outs[:, None] + ins[None, :], mask=mask, other=0.0)
-    else:
-        value = row_tile(at, outs, O, ins, stride)
-    return value
-
-
-@triton.jit
-def put_weight_tile(at, outs, O, ins, stride, value):
-    """w[outs, ins] = value, where w is."""
-    if stride == 1:
-        mask = (outs < O)[:, None] & (ins == 0)[None, :]
-        tl.store(at + outs[:, None] + ins[None, :], value, mask=mask)
-    else:
-        put_row_tile(at, outs, O, ins, stride, value)
-
-
-@triton.jit
 def times(
     acc, x, x_stride, rows, row_count, w, w_stride, I, O, columns,
     FORWARD: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc [rows, columns] + X W^T, with X [n, I], or + X W, with X [n, O], if not FORWARD.
 
-    `columns` are features of the result; INNER features are summed at a time.
+    `columns` are features of the result, which has more than one (else: `fold`); INNER features
+    are summed at a time.
     """
     width = I if FORWARD else O
-    out_width = O if FORWARD else I
     if width == 1:
         x_column = tl.load(x + rows * x_stride, mask=rows < row_count, other=0.0)
+        out_width = O if FORWARD else I
         w_row = tl.load(w + columns, mask=columns < out_width, other=0.0)
         acc += x_column[:, None] * w_row[None, :]
-    elif out_width == 1:
-        sums = tl.sum(acc, 1) * 0.0
-        for first in tl.range(0, width, INNER, num_stages=1):
-            inner = first + tl.arange(0, INNER)
-            w_row = tl.load(w + inner, mask=inner < width, other=0.0)
-            sums += tl.sum(row_tile(x, rows, row_count, inner, x_stride) * w_row[None, :], 1)
-        acc += tl.where(columns == 0, 1.0, 0.0)[None, :] * sums[:, None]
     else:
         for first in tl.range(0, width, INNER, num_stages=1):
             inner = first + tl.arange(0, INNER)
@@ -85,32 +59,63 @@ def times(
 
 
 @triton.jit
+def fold(x, x_stride, rows, row_count, w, width, INNER: tl.constexpr):
+    """X w [rows, 1], with X [n, width] and a vector w."""
+    sums = tl.zeros([rows.shape[0]], tl.float32)
+    if width == 1:
+        x_column = tl.load(x + rows * x_stride, mask=rows < row_count, other=0.0)
+        sums = x_column * tl.load(w)
+    else:
+        for first in tl.range(0, width, INNER, num_stages=1):
+            inner = first + tl.arange(0, INNER)
+            w_row = tl.load(w + inner, mask=inner < width, other=0.0)
+            sums += tl.sum(row_tile(x, rows, row_count, inner, x_stride) * w_row[None, :], 1)
+    return sums[:, None]
+
+
+@triton.jit
 def add_outer(
-    acc, d, d_stride, outs, a, a_stride, ins, n, I, O,
-    ROWS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc [outs, ins] + D^T A, with D [n, O] and A [n, I]."""
-    for first in tl.range(0, n, ROWS, num_stages=1):
+    acc,
+    d,
+    d_stride,
+    outs,
+    a,
+    a_stride,
+    ins,
+    n,
+    ROWS: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc [outs, ins] + D^T A, with D [n, O] and A [n, I], both of more than one feature."""
+    for first in tl.range(0, ROWS if ALL_ROWS else n, ROWS, num_stages=1):
         rows = first + tl.arange(0, ROWS)
-        if I == 1:
-            a_column = tl.load(a + rows * a_stride, mask=rows < n, other=0.0)
-            sums = tl.sum(row_tile(d, rows, n, outs, d_stride) * a_column[:, None], 0)
-            acc += sums[:, None] * tl.where(ins == 0, 1.0, 0.0)[None, :]
-        elif O == 1:
-            d_column = tl.load(d + rows * d_stride, mask=rows < n, other=0.0)
-            sums = tl.sum(row_tile(a, rows, n, ins, a_stride) * d_column[:, None], 0)
-            acc += tl.where(outs == 0, 1.0, 0.0)[:, None] * sums[None, :]
-        else:
-            d_tile = tl.trans(row_tile(d, rows, n, outs, d_stride))
-            acc = dot(d_tile, row_tile(a, rows, n, ins, a_stride), acc, PRECISION)
+        d_tile = tl.trans(row_tile(d, rows, n, outs, d_stride))
+        acc = dot(d_tile, row_tile(a, rows, n, ins, a_stride), acc, PRECISION)
     return acc
 
 
 @triton.jit
-def row_sums(d, d_stride, outs, n, ROWS: tl.constexpr):
+def outer_vector(
+    d, d_stride, a, a_stride, columns, n, I, ROWS: tl.constexpr, ALL_ROWS: tl.constexpr
+):
+    """D^T A [columns] where I or O is 1."""
+    x, x_stride, s, s_stride = a, a_stride, d, d_stride
+    if I == 1:
+        x, x_stride, s, s_stride = d, d_stride, a, a_stride
+    sums = tl.zeros([columns.shape[0]], tl.float32)
+    for first in tl.range(0, ROWS if ALL_ROWS else n, ROWS, num_stages=1):
+        rows = first + tl.arange(0, ROWS)
+        s_column = tl.load(s + rows * s_stride, mask=rows < n, other=0.0)
+        sums += tl.sum(row_tile(x, rows, n, columns, x_stride) * s_column[:, None], 0)
+    return sums
+
+
+@triton.jit
+def row_sums(d, d_stride, outs, n, ROWS: tl.constexpr, ALL_ROWS: tl.constexpr):
     """The sum over rows of D [n, O]: [outs]"""
     sums = tl.zeros([outs.shape[0]], tl.float32)
-    for first in tl.range(0, n, ROWS, num_stages=1):
+    for first in tl.range(0, ROWS if ALL_ROWS else n, ROWS, num_stages=1):
         rows = first + tl.arange(0, ROWS)
         sums += tl.sum(row_tile(d, rows, n, outs, d_stride), 0)
     return sums

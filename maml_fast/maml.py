@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maml_fast import meta_step
+from maml_fast import custom_op, meta_step
 from maml_fast.finite import check_finite, check_losses
 from maml_fast.inputs import check_batch, check_classes, check_query, check_targets
 from maml_fast.layers import Asked
@@ -131,6 +131,11 @@ class MAML(nn.Module):
         self.cuda_graphs = cuda_graphs
         self._check_options()
         self._planner = Planner()
+        self._number = custom_op.number_of(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = custom_op.number_of(self)  # a copy is another module
 
     def _check_options(self) -> None:
         """The options, which a user may also set after the module was built."""
@@ -159,7 +164,6 @@ class MAML(nn.Module):
         """The inner learning rates in the form they were given."""
         return self.rates.spec()
 
-    @torch.compiler.disable
     def forward(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> MetaStepResult:
@@ -171,6 +175,8 @@ class MAML(nn.Module):
         Raises ValueError or TypeError for data that do not fit, NonFiniteError where a loss or a
         gradient is NaN or infinite, UnsupportedModelError where the backend cannot run the model.
         """
+        if torch.compiler.is_compiling():
+            return self._as_operation(support_x, support_y, query_x, query_y)
         batch = TaskBatch(*map(recordable, (support_x, support_y, query_x, query_y)))
         planned, problem = self._prepare(batch, self.inner_steps, detached=False)
         if not (torch.is_grad_enabled() and planned.adapting):
@@ -184,6 +190,26 @@ class MAML(nn.Module):
 
         inputs = (*planned.adapting, *self.rates.learning())
         return MetaStepResult(*_MetaStep.apply(run, self.reduction, *inputs))
+
+    def _as_operation(self, *batch: Tensor) -> MetaStepResult:
+        """The meta-step as torch.compile sees it."""
+        inputs = self.inputs()
+        gradient = torch.is_grad_enabled() and bool(inputs)
+        found = custom_op.meta_step(inputs, *batch, self._number, gradient)
+        return MetaStepResult(*found[:4])
+
+    def inputs(self) -> list[Tensor]:
+        """The parameters and the rates that get a gradient."""
+        return [p for p in self.model.parameters() if p.requires_grad] + self.rates.learning()
+
+    def run_whole(self, *batch: Tensor, gradient: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Loss, task losses, support losses and query outputs; and, if asked for, the gradients of
+        `inputs`. For torch.compile, by way of `custom_op`; `value_and_grad` is for people."""
+        with torch.set_grad_enabled(gradient):
+            result = self(*batch)
+        gradients = torch.autograd.grad(result.loss, self.inputs()) if gradient else ()
+        rest = result.task_losses, result.support_losses, result.query_outputs
+        return [result.loss.detach(), *rest], list(gradients)
 
     @torch.compiler.disable
     def value_and_grad(

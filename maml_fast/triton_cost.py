@@ -13,10 +13,13 @@ from typing import Any
 
 from maml_fast.cost import Cost, LayerUse, cost_of
 
-ITERATION = 55  # instructions of a warp around the products of one tile
-PRODUCT = 115  # and in them, for 16 rows, 16 features summed and 32 of the result
-CALL = 300  # around the tiles of one layer in one pass
-STALL = 3.5  # * cycles that a lone warp takes for an instruction
+CALL = 170  # instructions of a warp around the tiles of a layer in one pass
+TILE = 5.0  # and for each number of a thread's in a tile of the result
+VECTOR = 300  # of a layer with one feature on either side, in one pass
+ITERATION = 50  # around the products of a tile
+PRODUCT = 118  # and in them, for 16 rows, 16 features summed and 32 of the result
+OUTER_TILE, OUTER = 100, 9.0  # of a tile of a weight's gradient, and for each number of a thread's
+STALL = 3.0  # * cycles that a lone warp takes for an instruction
 ISSUE = 4  # instructions a cycle of a multiprocessor
 WARPS = 8  # at 255 registers a thread that a multiprocessor holds
 FLOPS, SMALL_FLOPS = 60e12, 15e12  # * a second, of large products and of small ones
@@ -33,29 +36,42 @@ def fused_seconds(
     tiles: a `kernels.fused_program.Tiles`.
     """
     warps = tiles.num_warps
-    units = tiles.rows / 16 * tiles.inner / 16 * tiles.outer / 32
-    iteration = ITERATION + PRODUCT * units / warps  # of one warp
-    instructions = 0.0
-    for use in uses:
-        support, query = (math.ceil(n / tiles.rows) for n in (use.rows, use.query_rows))
-        by_rows = math.ceil(use.in_features / tiles.inner) * math.ceil(
-            use.out_features / tiles.outer
-        )
-        by_columns = math.ceil(use.out_features / tiles.inner) * math.ceil(
-            use.in_features / tiles.outer
-        )
-        steps = use.inner_steps
-        passes = 2 if use.first else 3  # forward, backward, outer product
-        tangents = 2 if use.first else 6
-        counts = (steps * support + query) * passes
-        counts += 0 if use.first_order else steps * support * tangents
-        instructions += counts * (by_rows + by_columns) / 2 * iteration
-        calls = (steps + 1) * passes + (0 if use.first_order else steps * passes)
-        instructions += calls * CALL
+    instructions = sum(_instructions(use, tiles) for use in uses)
     resident = max(1, WARPS // warps) * multiprocessors
     issued = tasks * instructions * warps / (ISSUE * multiprocessors)
     waited = math.ceil(tasks / resident) * instructions * STALL
     return max(issued, waited) / clock
+
+
+def _instructions(use: LayerUse, tiles: Any) -> float:
+    """Of one warp, for one layer of one task's meta-step."""
+    steps, warps = use.inner_steps, tiles.num_warps
+    down = 0 if use.first else 1  # products with the layer's weights on the way back
+    second_order = 0 if use.first_order else steps
+    if 1 in (use.in_features, use.out_features):
+        return VECTOR * ((steps + 1) * (2 + down) + second_order * (2 + 2 * down))
+
+    def tiles_of(features: int, rows: int) -> int:
+        return math.ceil(features / tiles.outer) * math.ceil(rows / tiles.rows)
+
+    threads = 32 * warps
+    units = tiles.rows / 16 * tiles.inner / 16 * tiles.outer / 32 / warps
+    iteration = ITERATION + PRODUCT * units
+
+    def products(rows: int, count: int) -> float:
+        """Passes with `count` products each."""
+        into = math.ceil(use.in_features / tiles.inner) * tiles_of(use.out_features, rows)
+        back = math.ceil(use.out_features / tiles.inner) * tiles_of(use.in_features, rows)
+        found = tiles_of(use.out_features, rows) + down * tiles_of(use.in_features, rows)
+        each = TILE * tiles.rows * tiles.outer / threads
+        return CALL * (1 + down) + found * each + count * iteration * (into + down * back)
+
+    outer_tiles = math.ceil(use.out_features / tiles.tall) * math.ceil(
+        use.in_features / tiles.outer
+    )
+    outer = CALL + outer_tiles * (OUTER_TILE + OUTER * tiles.tall * tiles.outer / threads)
+    total = steps * products(use.rows, 1) + products(use.query_rows, 1) + (steps + 1) * outer
+    return total + second_order * (products(use.rows, 1 + down) + (1 + 0.45 * down) * outer)
 
 
 def layers_seconds(uses: Sequence[LayerUse], forms: Sequence[str], tasks: int) -> float:

@@ -60,9 +60,9 @@ class Device:
 
 @functools.cache
 def device(index: int | None) -> Device:
-    """The GPU of that index; in the interpreter, an H200 to plan for."""
-    if interpreted():
-        return Device("H200 as interpreted", 132, 60 << 20, 1.755e9)
+    """The GPU of that index; where there is none, an H200 to plan for."""
+    if interpreted() or not torch.cuda.is_available():
+        return Device("H200", 132, 60 << 20, 1.755e9)
     found = torch.cuda.get_device_properties(
         torch.cuda.current_device() if index is None else index
     )

@@ -20,9 +20,10 @@ PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
 FUSED_WIDTH = 128  # features of a layer of the fused kernel, at most
 # All programs' scratch: within the L2 cache where that leaves a program to each multiprocessor
 CACHE_SHARE = 0.7
-SCRATCH_BYTES = 4 << 30
-# Features summed at a time, features of the result, warps: those that spill little or nothing
-TILES = ((16, 32, 1), (16, 64, 1), (32, 64, 4), (64, 64, 8))
+SCRATCH_BYTES = 4 << 30  # and less than 2^31 numbers, for the kernel's 32-bit offsets
+# Features summed at a time and of the result, rows of a weight's gradient, warps: those that spill
+# little or nothing
+TILES = ((16, 32, 32, 1), (16, 64, 32, 1), (16, 64, 64, 4), (64, 64, 64, 8))
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ def plan_for_triton(
     plan = TritonPlan("layers", why_not_fused(layers, asked), precision, device, by_layers)
     if not plan.why:
         fused = _fused(layers, asked, shapes, adapting, replace(plan, kernels="fused"))
-        if fused.seconds <= by_layers:
+        if fused.scratch_bytes > SCRATCH_BYTES:
+            plan = replace(plan, why=f"a program of fused ones takes {fused.scratch_bytes} bytes")
+        elif fused.seconds <= by_layers:
             plan, forms = fused, ["dense"] * len(uses)
         else:
             plan = replace(plan, why=f"fused is estimated at {fused.seconds * 1e3:.3g} ms")

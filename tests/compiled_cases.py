@@ -1,27 +1,45 @@
-"""The launches that ``python -m tests.compiled`` compiles, and the few that the tests do."""
+"""The launches that ``python -m tests.compiled`` compiles, and the few that the tests do.
+
+They are those of the plans of the benchmark cases, with all tiles that may be chosen, the layer
+kernels' (`compiled_layers`), and bare products, which show what each precision becomes.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from benchmarks.cases import Case
+    from maml_fast.kernels.fused_program import Network
     from maml_fast.kernels.launch import Launch
+    from maml_fast.plan import Plan
 
-# One of each precision and number of warps, in little time.
+# Of each kind, in little time.
 SOME = (
-    "dot-tf32x3-16x16x16-1",
     "dot-ieee-16x16x16-1",
     "dot-tf32-16x64x64-4",
-    "dot-tf32x3-16x64x64-4",
-    "dot-bf16-16x64x64-8",
     "dot-tf32x3-64x64x64-4",
     "dot-bf16-64x64x64-4",
+    "fused sinusoid 16x16x32x32-1 tf32x3",
+    "fused sinusoid 16x64x64x64-8 tf32x3",
+    "fused policy 16x16x64x64-4 tf32x3",
+    "sum_rows",
 )
 
 
 def launches() -> list[Launch]:
     """All of them. Imports Triton, which is why nothing is imported above: whether it interprets
     is settled by then."""
+    from tests import compiled_layers
+
+    found = _products() + _fused() + _layers() + compiled_layers.launches()
+    # Sizes that are numbers at run time make no machine code of their own.
+    different = {repr(replace(launch, name="", grid=())): launch for launch in reversed(found)}
+    return list(reversed({launch.name: launch for launch in different.values()}.values()))
+
+
+def _products() -> list[Launch]:
     from maml_fast.kernels.launch import Launch
     from tests.compiled_kernels import product
 
@@ -38,3 +56,104 @@ def launches() -> list[Launch]:
         for num_warps in warps
         for precision in ("tf32x3", "ieee", "tf32", "bf16")
     ]
+
+
+def _fused() -> list[Launch]:
+    from benchmarks.cases import CASES
+    from maml_fast import triton_plan
+    from maml_fast.kernels import fused_program
+
+    found = []
+    for case in {case.network.name: case for case in reversed(CASES)}.values():
+        network = _fused_network(case)
+        if network is None:
+            continue
+        for tiles in triton_plan.candidates(network):
+            for precision in triton_plan.PRECISIONS.values():
+                cut = f"{tiles.rows}x{tiles.inner}x{tiles.outer}x{tiles.tall}-{tiles.num_warps}"
+                name = f"{case.network.name} {cut} {precision}"
+                found += fused_program.launches(network, tiles, precision, name)
+    return found
+
+
+def _fused_network(case: Case) -> Network | None:
+    """What the fused kernel runs for the case; None where the plan takes other kernels."""
+    from maml_fast import triton_plan
+    from maml_fast.layers import Variant
+
+    plan = _plan(case)
+    if plan.triton.kernels != "fused":
+        return None
+    adapting = tuple(name for name, _ in case.network.build().named_parameters())
+    variant = Variant(
+        case.network.loss, case.S, case.N, case.M, False, True, False, adapting, frozenset()
+    )
+    return triton_plan.network_of(plan.layers, variant, {}, 0)
+
+
+def _plan(case: Case) -> Plan:
+    """The case's plan, for the GPU there is or, without one, an H200."""
+    import torch
+
+    from maml_fast import triton_plan
+    from maml_fast.layers import Asked, Shapes, plan_layers
+    from maml_fast.plan import Plan
+
+    model, sizes = case.network.build(), case.network.sizes
+    adapting = [name for name, _ in model.named_parameters()]
+    asked = Asked(case.network.loss, case.S, False, "triton", "auto", None)
+    rows = (case.N, sizes[0]), (case.M, sizes[0])
+    shapes = Shapes(case.T, *rows, torch.float32, torch.device("cpu"))
+    layers, refusals = plan_layers(model, asked, shapes, adapting)
+    assert not refusals
+    layers, triton = triton_plan.plan_for_triton(layers, asked, shapes, adapting)
+    output = (case.M, sizes[-1])
+    return Plan("triton", "", asked, shapes, output, case.T, layers, triton=triton)
+
+
+class _Nowhere:
+    """A kernel that is launched without effect."""
+
+    def __getitem__(self, grid):
+        return lambda **arguments: None
+
+
+def _layers() -> list[Launch]:
+    """What the layer kernels of the other cases launch, noted while one task goes through them."""
+    from unittest import mock
+
+    import torch
+
+    from benchmarks.cases import CASES
+    from maml_fast.backends import stepping
+    from maml_fast.backends.triton_layers import LayerStepper
+    from maml_fast.kernels import attend
+    from maml_fast.problem import Problem, RateTable, TaskBatch
+
+    found: dict[str, Launch] = {}
+    describe = attend.describe
+
+    def noted(*arguments):
+        launch = describe(*arguments)
+        found[launch.name] = launch
+        return replace(launch, kernel=_Nowhere())
+
+    for case in CASES:
+        plan, network = _plan(case), case.network
+        if plan.triton.kernels == "fused":
+            continue
+        parameters = {n: p.detach() for n, p in network.build().named_parameters()}
+        rates = RateTable(dict.fromkeys(parameters, (network.inner_lr,) * case.S))
+        problem = Problem(None, parameters, network.loss, case.S, False, rates)
+        x, q = torch.zeros(1, case.N, network.sizes[0]), torch.zeros(1, case.M, network.sizes[0])
+        targets = (
+            (x[..., 0].long(), q[..., 0].long())
+            if network.loss == "cross_entropy"
+            else (rows.new_zeros(*rows.shape[:2], network.sizes[-1]) for rows in (x, q))
+        )
+        support_y, query_y = targets
+        batch = TaskBatch(x, support_y, q, query_y)
+        with mock.patch.object(attend, "describe", noted):
+            stepper = LayerStepper(problem, batch, plan, True, plan.triton.precision)
+            stepping.drive(stepper, case.S, gradient=True)
+    return list(found.values())

@@ -22,17 +22,15 @@ def launches() -> list[Launch]:
 
     def all_passes(sizes, ops=RELU, precision="tf32x3"):
         """With both sums, as after the first inner step."""
-        bent = ("t_z", "dx") if ops != RELU else ()
-        extra = ("extra",) if ops != RELU else ()
+        curved = ops in (TANH, SILU)
+        bent, extra = ("t_z", "dx") if curved else (), ("extra",) if curved else ()
+        both = (*MOVED, *ADJOINT)
         return [
             one("forward", ops, sizes, "base", "bias", *MOVED, *extra, precision=precision),
             one("backward", ops, sizes, "base", "kept", *MOVED, *extra, precision=precision),
-            one("tangent", ops, sizes, "base", "kept", *MOVED, *ADJOINT, *extra, precision=precision),
-            one(
-                "tangent_backward", ops, sizes, "base", "kept", *MOVED, *ADJOINT, *bent,
-                precision=precision,
-            ),
-        ]  # fmt: skip
+            one("tangent", ops, sizes, "base", "kept", *both, *extra, precision=precision),
+            one("tangent_backward", ops, sizes, "base", "kept", *both, *bent, precision=precision),
+        ]
 
     # T, rows, F, O, keys: 784-256-128-64-64-5 with N = M = 5, S = 5
     found = []

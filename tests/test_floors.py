@@ -8,7 +8,7 @@ import maml_fast
 ROOT = Path(maml_fast.__file__).parent
 FLOORS = [
     {"kernels"},
-    {"errors", "openmp", "cost"},
+    {"errors", "openmp", "cost", "custom_op"},
     {"cpu_features", "cpu_cost", "triton_features", "triton_cost"},
     {"ops", "losses"},
     {"fast_weights", "trace", "problem"},

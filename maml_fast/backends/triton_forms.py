@@ -13,11 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from maml_fast.fast_weights import DenseLinear, LinearSpec, SharedLinear
 from maml_fast.kernels import matmul
 from maml_fast.kernels.attend import Terms
+from maml_fast.ops import Linear
+from maml_fast.plan import Plan
+from maml_fast.problem import Problem
 
 SUPPORT, QUERY, NOWHERE = "support", "query", ""  # whose rows a pass is for; "": no gradient's
 
@@ -150,3 +154,15 @@ class Chunks:
     def all_behind(self) -> Tensor:
         """[S * T * N, F]"""
         return self.flat[self.behind_at :].view(-1, self.features)
+
+
+def rate_table(problem: Problem, plan: Plan) -> Tensor:
+    """The rates of each linear layer's weight and bias, on the device: [layers, 2, S]."""
+    values, still = problem.rates.values, (0.0,) * problem.inner_steps
+    ops = [layer.link.op for layer in plan.layers if not layer.prelude]
+    table = [
+        [values.get(name, still) if name else still for name in (op.weight, op.bias)]
+        for op in ops
+        if isinstance(op, Linear)
+    ]
+    return torch.tensor(table, dtype=torch.float32, device=plan.shapes.device)

@@ -59,14 +59,15 @@ class FusedStep(PreparedStep):
             self._addresses = found, table, alive
 
     def _set_rates(self, problem: Problem) -> None:
-        """The rates [S, L, 2], on the device; those of a captured meta-step change in place."""
+        """The rates [S + 1, L, 2], on the device; those of a captured meta-step change in place."""
         values, still = problem.rates.values, (0.0,) * self.variant.inner_steps
         found = tuple(
             (values.get(op.weight, still), values.get(op.bias or "", still)) for op in self.ops
         )
         before, table = self._rates
         if found != before:
-            new = torch.tensor(found, dtype=torch.float32).permute(2, 0, 1).contiguous()
+            new = torch.tensor(found, dtype=torch.float32).permute(2, 0, 1)
+            new = torch.cat([new, torch.full((1, len(self.ops), 2), -1.0)])  # the query's
             table = new.to(self.device) if before is None else table.copy_(new)
             self._rates = found, table
 

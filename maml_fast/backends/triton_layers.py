@@ -29,6 +29,7 @@ from maml_fast.backends.triton_forms import (
     SharedForm,
     Use,
     product,
+    rate_table,
 )
 from maml_fast.fast_weights import FastLinear, LinearSpec
 from maml_fast.kernels.attend import Terms, attend
@@ -252,15 +253,3 @@ class LayerStepper(PlannedStepper):
                 terms = block.layer.tangent_backward_terms(step, own.d, t_d)
             if i in self.fast:
                 self.fast[i].pull_back(step, own.x, own.d, t_inputs[i], t_d)
-
-
-def rate_table(problem: Problem, plan: Plan) -> Tensor:
-    """The rates of each linear layer's weight and bias, on the device: [layers, 2, S]."""
-    values, still = problem.rates.values, (0.0,) * problem.inner_steps
-    ops = [layer.link.op for layer in plan.layers if not layer.prelude]
-    table = [
-        [values.get(name, still) if name else still for name in (op.weight, op.bias)]
-        for op in ops
-        if isinstance(op, Linear)
-    ]
-    return torch.tensor(table, dtype=torch.float32, device=plan.shapes.device)

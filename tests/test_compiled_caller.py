@@ -1,0 +1,121 @@
+"""`MAML` inside torch.compile: one operation, which runs what it runs elsewhere."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from maml_fast import MAML
+from maml_fast.problem import TaskBatch
+from tests.networks import assert_close, gradients
+
+SIZES = (3, 6, 2)
+# The compilers in Python: what torch.compile makes of the rest is not what is tested.
+BACKENDS = ["eager", "aot_eager"]
+WARNING = "ignore:.*torch.compile.*|.*pin_memory.*|.*deprecated.*"
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=["cpu", "torch", "reference", "triton"])
+def backend(request):
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param
+
+
+@pytest.fixture
+def case(backend, draw):
+    single = backend == "triton"
+    on = "cuda" if single and torch.cuda.is_available() else "cpu"
+    model = draw.mlp(SIZES)
+    batch = draw.batch("cross_entropy", 3, 4, 5, SIZES)
+    if single:
+        model = model.float()
+        batch = TaskBatch(*(t.float() if t.is_floating_point() else t for t in batch))
+    rate = nn.Parameter(torch.tensor(0.2))
+    maml = MAML(model, "cross_entropy", rate, 2, backend=backend).to(on)
+    return maml, TaskBatch(*(t.to(on) for t in batch))
+
+
+@pytest.mark.parametrize("compiler", BACKENDS)
+def test_the_same_gradients_without_a_break(case, compiler):
+    maml, batch = case
+    wanted = {n: g.clone() for n, g in gradients(maml, batch).items()}
+    wanted_rate = maml.inner_lr.grad.clone()
+
+    @torch.compile(fullgraph=True, backend=compiler)
+    def scaled(*batch):
+        out = maml(*batch)
+        return out.loss * 3, out.query_outputs.argmax(-1), out.task_losses
+
+    maml.zero_grad()
+    loss, _, task_losses = scaled(*batch)
+    assert not task_losses.requires_grad
+    loss.backward()
+    found = {n: p.grad / 3 for n, p in maml.model.named_parameters()}
+    assert_close(found, wanted, 1e-6)
+    assert maml.inner_lr.grad.item() == pytest.approx(3 * wanted_rate.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(3 * maml(*batch).loss.item(), rel=1e-6)
+
+
+def test_modules_do_not_take_each_others_place(case):
+    """A compiled function that is handed one module, its copy, and others later."""
+    maml, batch = case
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def loss_of(maml, *batch):
+        return maml(*batch).loss
+
+    assert loss_of(maml, *batch).item() == maml(*batch).loss.item()
+    for i in range(3):
+        other = copy.deepcopy(maml)
+        with torch.no_grad():
+            other.model[0].weight.mul_(2 + i)
+        wanted = other(*batch).loss.item()
+        assert wanted != maml(*batch).loss.item()
+        assert loss_of(other, *batch).item() == wanted
+    assert loss_of(maml, *batch).item() == maml(*batch).loss.item()
+
+
+def test_without_gradients(case):
+    maml, batch = case
+    compiled = torch.compile(maml, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        out = compiled(*batch)
+    assert not out.loss.requires_grad
+    assert out.loss.item() == maml(*batch).loss.item()
+    assert out.support_losses.shape == (3, 2)
+
+
+def test_bad_input_is_refused_as_elsewhere(case):
+    maml, batch = case
+    compiled = torch.compile(maml, backend="eager")
+    compiled(*batch)
+    batch.query_y[0, 0] = 9
+    with pytest.raises(ValueError, match="query_y has class numbers from 0 to 9"):
+        compiled(*batch)
+
+
+def test_the_gradient_is_not_differentiable_once_more(case):
+    maml, batch = case
+    loss = torch.compile(maml, backend="eager")(*batch).loss
+    weight = maml.model[0].weight
+    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+def test_the_operation_is_a_good_one(case):
+    maml, batch = case
+    torch.library.opcheck(
+        torch.ops.maml_fast.meta_step.default,
+        (maml.inputs(), *batch, maml._number, True),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )

@@ -1,0 +1,334 @@
+"""Backend "triton", through `MAML`: whole meta-steps against the loop, tensor by tensor.
+
+Without a GPU the kernels run in Triton's interpreter, on the CPU; sizes are small, but cross every
+edge: odd widths, widths of 1, rows that do not fill a tile, several tiles, several tasks a program.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from maml_fast import MAML, NonFiniteError, UnsupportedModelError, check
+from maml_fast.problem import TaskBatch
+from tests.networks import ORACLES, SMOOTH, by_graph, gradients
+
+triton = pytest.importorskip("triton")
+if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMS = {"fused": "auto", "layers": "factored"}
+
+
+def on_device(batch):
+    return TaskBatch(
+        *(t.to(DEVICE, torch.float32 if t.is_floating_point() else t.dtype) for t in batch)
+    )
+
+
+def in_float32(model):
+    return copy.deepcopy(model).to(DEVICE, torch.float32)
+
+
+def errors(found, wanted):
+    """||found - wanted|| / ||wanted|| of each tensor, by name."""
+    assert set(found) == set(wanted)
+    return {
+        name: ((found[name].cpu().double() - tensor).norm() / tensor.norm()).item()
+        for name, tensor in wanted.items()
+    }
+
+
+def assert_exact(maml, model, batch, rate, steps, first_order=False):
+    """At most twice the error of autograd in float32, or 1e-6, of loss and every gradient."""
+    loss, wanted = by_graph(model, batch, maml.loss, rate, steps, first_order)
+    single = TaskBatch(*(t.float() if t.is_floating_point() else t for t in batch))
+    plain = by_graph(copy.deepcopy(model).float(), single, maml.loss, rate, steps, first_order)
+    bounds = errors(plain[1], wanted)
+    maml.zero_grad()
+    out = maml(*on_device(batch))
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    out.loss.backward()
+    found = {n: p.grad for n, p in maml.model.named_parameters() if p.requires_grad}
+    for name, error in errors(found, wanted).items():
+        assert error <= max(1e-6, 2 * bounds[name]), (name, error, bounds[name])
+
+
+@pytest.fixture(params=FORMS)
+def kernels(request):
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("loss", "steps"), [*((loss, 1) for loss in ORACLES), ("mse", 0), ("cross_entropy", 3)]
+)
+def test_losses_and_steps(kernels, loss, steps, draw):
+    sizes = (3, 17, 9, 4)
+    model, batch = draw.mlp(sizes), draw.batch(loss, 4, 5, 7, sizes)
+    maml = MAML(in_float32(model), loss, 0.2, steps, backend="triton", fast_weights=FORMS[kernels])
+    plan = maml.plan(*on_device(batch)[::2])
+    assert plan.triton.kernels == kernels
+    assert_exact(maml, model, batch, 0.2, steps)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 7, 1), (1, 40, 40, 1), (5, 1, 6, 2), (2, 3), (33, 70, 17, 40), (16, 128, 5)]
+)
+def test_widths(kernels, sizes, draw):
+    model, batch = draw.mlp(sizes), draw.batch("mse", 2, 3, 2, sizes)
+    options = dict(backend="triton", fast_weights=FORMS[kernels])
+    assert_exact(MAML(in_float32(model), "mse", 0.1, 2, **options), model, batch, 0.1, 2)
+
+
+@pytest.mark.parametrize(("rows", "query_rows"), [(1, 1), (16, 17), (33, 15), (70, 66)])
+def test_rows(kernels, rows, query_rows, draw):
+    sizes = (3, 9, 2)
+    model, batch = draw.mlp(sizes), draw.batch("mse", 1, rows, query_rows, sizes)
+    options = dict(backend="triton", fast_weights=FORMS[kernels])
+    assert_exact(MAML(in_float32(model), "mse", 0.1, 1, **options), model, batch, 0.1, 1)
+
+
+@pytest.mark.parametrize("activation", sorted(SMOOTH))
+def test_activations(kernels, activation, draw):
+    sizes = (3, 6, 5, 2)
+    model, batch = draw.mlp(sizes, SMOOTH[activation]), draw.batch("mse", 2, 4, 3, sizes)
+    options = dict(backend="triton", fast_weights=FORMS[kernels])
+    assert_exact(MAML(in_float32(model), "mse", 0.2, 2, **options), model, batch, 0.2, 2)
+
+
+class Siren(nn.Module):
+    """Chains of operations behind a layer, one at the end, reshapes between."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.sin(3.0 * self.a(torch.tanh(x.flatten(1))))
+        x = F.leaky_relu(self.b(x.view(-1, 2, 4).flatten(1)), 0.3)
+        return torch.sigmoid(0.5 * self.c(x)).view(-1, 3, 1)
+
+
+def test_chains_of_operations(kernels, draw):
+    model = draw.initialise(Siren().double())
+    x, q = draw.normal(3, 4, 2, 3), draw.normal(3, 5, 2, 3)
+    batch = TaskBatch(x, draw.normal(3, 4, 3, 1), q, draw.normal(3, 5, 3, 1))
+    options = dict(backend="triton", fast_weights=FORMS[kernels])
+    maml = MAML(in_float32(model), "mse", 0.3, 2, **options)
+    assert maml(*on_device(batch)).query_outputs.shape == (3, 5, 3, 1)
+    assert_exact(maml, model, batch, 0.3, 2)
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        ["0.weight", "0.bias"],
+        ["2.weight", "2.bias"],
+        ["2.bias"],
+        ["0.weight", "4.weight"],
+        ["4.bias"],
+    ],
+    ids="-".join,
+)
+def test_frozen_parameters(kernels, frozen, draw):
+    sizes = (3, 6, 5, 2)
+    model, batch = draw.mlp(sizes), draw.batch("mse", 3, 4, 3, sizes)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    options = dict(backend="triton", fast_weights=FORMS[kernels])
+    maml = MAML(in_float32(model), "mse", 0.2, 2, **options)
+    assert_exact(maml, model, batch, 0.2, 2)
+    assert all(p.grad is None for n, p in maml.model.named_parameters() if n in frozen)
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_learned_rates_of_each_parameter_and_step(kernels, first_order, draw):
+    sizes, steps = (3, 6, 2), 2
+    model, batch = draw.mlp(sizes), draw.batch("mse", 5, 4, 3, sizes)
+    names = [name for name, _ in model.named_parameters()]
+    rates = {n: nn.Parameter((0.1 + 0.05 * draw.normal(steps)).abs()) for n in names}
+    _, wanted = by_graph(model, batch, "mse", rates, steps, first_order)
+    single = {n: nn.Parameter(r.detach().to(DEVICE, torch.float32)) for n, r in rates.items()}
+    options = dict(backend="triton", fast_weights=FORMS[kernels], first_order=first_order)
+    maml = MAML(in_float32(model), "mse", single, steps, **options)
+    found = gradients(maml, on_device(batch))
+    found |= {f"rate of {n}": single[n].grad for n in names}
+    assert all(error < 2e-6 for error in errors(found, wanted).values()), errors(found, wanted)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_first_order(kernels, steps, draw):
+    sizes = (3, 6, 2)
+    model, batch = draw.mlp(sizes), draw.batch("mse", 3, 4, 3, sizes)
+    options = dict(backend="triton", fast_weights=FORMS[kernels], first_order=True)
+    maml = MAML(in_float32(model), "mse", 0.3, steps, **options)
+    assert_exact(maml, model, batch, 0.3, steps, first_order=True)
+    second = by_graph(model, batch, "mse", 0.3, steps)[1]
+    assert min(errors(gradients(maml, on_device(batch)), second).values()) > 1e-2
+
+
+def test_passes_add_up_and_the_same_call_gives_the_same_bits(kernels, draw):
+    sizes = (3, 6, 2)
+    model, batch = draw.mlp(sizes), draw.batch("mse", 5, 4, 3, sizes)
+    options = dict(backend="triton", fast_weights=FORMS[kernels])
+    maml = MAML(in_float32(model), "mse", 0.2, 2, **options)
+    first = {n: g.clone() for n, g in gradients(maml, on_device(batch)).items()}
+    again = gradients(maml, on_device(batch))
+    assert all(torch.equal(g, first[n]) for n, g in again.items())
+    maml.chunk_size = 3
+    assert_exact(maml, model, batch, 0.2, 2)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_adapted_models(kernels, steps, draw):
+    sizes = (3, 6, 2)
+    model, batch = draw.mlp(sizes), draw.batch("mse", 3, 4, 5, sizes)
+    wanted = MAML(model, "mse", 0.2, backend="reference").adapt(*batch[:2], inner_steps=steps)
+    options = dict(backend="triton", fast_weights=FORMS[kernels])
+    maml = MAML(in_float32(model), "mse", 0.2, **options)
+    found = maml.adapt(*on_device(batch)[:2], inner_steps=steps)
+    for mine, theirs in (
+        (found(on_device(batch).query_x), wanted(batch.query_x)),
+        (found.support_losses, wanted.support_losses),
+        *((found.parameters()[n], p) for n, p in wanted.parameters().items()),
+    ):
+        torch.testing.assert_close(mine.cpu().double(), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_gradient(kernels, draw):
+    sizes = (3, 6, 2)
+    model, batch = draw.mlp(sizes), draw.batch("mse", 3, 4, 5, sizes)
+    options = dict(backend="triton", fast_weights=FORMS[kernels])
+    maml = MAML(in_float32(model), "mse", 0.2, 2, **options)
+    with torch.no_grad():
+        out = maml(*on_device(batch))
+    wanted = MAML(model, "mse", 0.2, 2, backend="reference")(*batch)
+    for name in ("loss", "task_losses", "support_losses", "query_outputs"):
+        mine, theirs = getattr(out, name), getattr(wanted, name).detach()
+        torch.testing.assert_close(mine.cpu().double(), theirs, rtol=1e-5, atol=1e-6)
+    assert not out.loss.requires_grad
+
+
+def test_data_of_any_strides(kernels, draw):
+    sizes = (3, 6, 2)
+    model, batch = draw.mlp(sizes), draw.batch("mse", 3, 4, 5, sizes)
+    options = dict(backend="triton", fast_weights=FORMS[kernels])
+    maml = MAML(in_float32(model), "mse", 0.2, 1, **options)
+    plain = {n: g.clone() for n, g in gradients(maml, on_device(batch)).items()}
+    turned = TaskBatch(*(t.mT.contiguous().mT for t in on_device(batch)))
+    assert not turned.support_x.is_contiguous()
+    found = gradients(maml, turned)
+    assert all(torch.equal(g, plain[n]) for n, g in found.items())
+    with torch.no_grad():  # and parameters, which are read where they lie
+        maml.model[0].weight = nn.Parameter(maml.model[0].weight.t().contiguous().t())
+    found = gradients(maml, on_device(batch))
+    assert all(torch.equal(g, plain[n]) for n, g in found.items())
+
+
+def test_parameters_and_rates_that_change(kernels, draw):
+    """What is kept from call to call follows the model."""
+    sizes = (3, 6, 2)
+    model, batch = draw.mlp(sizes), draw.batch("mse", 3, 4, 5, sizes)
+    options = dict(backend="triton", fast_weights=FORMS[kernels])
+    maml = MAML(in_float32(model), "mse", torch.tensor(0.1), 1, **options)
+    gradients(maml, on_device(batch))
+    with torch.no_grad():
+        for mine, theirs in zip(maml.model.parameters(), model.parameters(), strict=True):
+            theirs.mul_(1.25)
+            mine.copy_(theirs)
+    maml.inner_lr.fill_(0.3)
+    assert_exact(maml, model, batch, 0.3, 1)
+
+
+@pytest.mark.parametrize(("setting", "bound"), [("high", 2e-2), ("medium", 1e-1)])
+def test_precisions_follow_torch(kernels, setting, bound, draw):
+    sizes = (8, 40, 40, 3)
+    model, batch = draw.mlp(sizes), draw.batch("mse", 3, 5, 5, sizes)
+    wanted = by_graph(model, batch, "mse", 0.1, 1)[1]
+    options = dict(backend="triton", fast_weights=FORMS[kernels])
+    maml = MAML(in_float32(model), "mse", 0.1, 1, **options)
+    exact = max(errors(gradients(maml, on_device(batch)), wanted).values())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        found = max(errors(gradients(maml, on_device(batch)), wanted).values())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert exact < 2e-6 < 1e-5 < found < bound
+    assert max(errors(gradients(maml, on_device(batch)), wanted).values()) == exact
+
+
+def test_kinks_as_torch_has_them(kernels, draw):
+    """Layers of zeros put every pre-activation on the kink; data far from it do not."""
+    sizes = (3, 6, 5, 2)
+    model, batch = draw.mlp(sizes, nn.ReLU), draw.batch("mse", 3, 4, 5, sizes)
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].bias.zero_()
+    wanted = by_graph(model, batch, "mse", 0.2, 0)[1]
+    options = dict(backend="triton", fast_weights=FORMS[kernels])
+    found = gradients(MAML(in_float32(model), "mse", 0.2, 0, **options), on_device(batch))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name].cpu().double(), tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_check_says_so(kernels, draw):
+    sizes = (3, 17, 9, 4)
+    model, batch = draw.mlp(sizes), draw.batch("cross_entropy", 3, 4, 5, sizes)
+    options = dict(backend="triton", fast_weights=FORMS[kernels])
+    report = check(MAML(in_float32(model), "cross_entropy", 0.2, 2, **options), *on_device(batch))
+    assert report.passed, str(report)
+
+
+class TestBadInput:
+    @pytest.fixture
+    def maml(self, kernels, draw):
+        model = in_float32(draw.mlp((3, 6, 4)))
+        options = dict(backend="triton", fast_weights=FORMS[kernels])
+        return MAML(model, "cross_entropy", 0.2, 1, **options)
+
+    @pytest.fixture
+    def batch(self, draw):
+        return on_device(draw.batch("cross_entropy", 5, 4, 3, (3, 6, 4)))
+
+    @pytest.mark.parametrize("name", ["support_y", "query_y"])
+    @pytest.mark.parametrize("number", [-1, 4])
+    def test_classes_out_of_range(self, maml, batch, name, number):
+        maml(*batch)  # so that the plan is known, and the checks are those of later calls
+        getattr(batch, name)[2, 1] = number
+        with pytest.raises(ValueError, match=f"{name} has class numbers.*wanted is 0 to 3"):
+            maml(*batch)
+
+    @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
+    def test_tasks_that_are_not_finite(self, maml, batch):
+        maml(*batch)
+        batch.query_x[3, 1, 0] = torch.nan
+        with pytest.raises(NonFiniteError, match="query loss is not finite in 1 of 5 tasks: 3"):
+            maml(*batch)
+        batch.support_x[1, 0, 0] = torch.nan
+        with pytest.raises(NonFiniteError, match=r"support loss before inner step 0.*: 1"):
+            maml(*batch)
+
+    def test_float64(self, maml, batch):
+        maml.double()
+        batch = TaskBatch(*(t.double() if t.is_floating_point() else t for t in batch))
+        with pytest.raises(UnsupportedModelError, match=r"torch.float64.*take backend 'torch'"):
+            maml(*batch)
+
+    def test_graphs_are_a_choice(self, maml):
+        with pytest.raises(TypeError, match="cuda_graphs is 1; wanted is True or False"):
+            MAML(maml.model, cuda_graphs=1)
+
+
+def test_the_plan_says_what_would_run(draw):
+    sizes = (3, 6, 2)
+    batch = on_device(draw.batch("mse", 3, 4, 5, sizes))
+    text = str(MAML(in_float32(draw.mlp(sizes)), backend="triton").plan(*batch[::2]))
+    assert "fused kernels" in text
+    assert "products in tf32x3" in text
+    assert "estimated, not measured" in text
+    wide = in_float32(draw.mlp((3, 130, 2)))
+    text = str(MAML(wide, backend="triton").plan(*batch[::2]))
+    assert "layers kernels (layer '0' is wider than 128)" in text
