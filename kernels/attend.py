@@ -126,9 +126,10 @@ def describe(
     signature |= dict.fromkeys(constants, "constexpr")
     grid = sizes.tasks * triton.cdiv(sizes.rows, cut.rows) * triton.cdiv(sizes.width, cut.width)
     sums = "+".join(name for name in SEGMENTS if name in given and not name.endswith("value"))
+    others = "+".join(name for name in POINTERS if name in given and name not in ("out", "rates"))
     activation = "+".join(op[0] for op in ops)
     shape = f"{sizes.rows}x{sizes.keys}x{sizes.features}x{sizes.width}"
-    name = f"attend {kind} [{sums}] [{activation}] {shape} {precision}"
+    name = f"attend {kind} [{sums}] [{others}] [{activation}] {shape} {precision}"
     return Launch(name, attend_kernel, signature, constants, cut.warps, cut.stages, (grid,))
 
 

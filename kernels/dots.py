@@ -1,12 +1,12 @@
 """Products of tiles on tensor cores, in one of four precisions.
 
 tf32x3    fp32-exact (error 2e-7 to 1e-6): three tf32 products of a split a = high + low, small
-          terms first; low times low is beyond a float32's digits
+          terms first; low times low, and the last bit of a low part, are beyond a float32's digits
 ieee      fp32-exact by FMA: slower, for checks
 tf32      operands rounded to 10 bits
 bf16      operands rounded to 7 bits
-All accumulate in float32. The interpreter multiplies in float32 whatever it is told, so operands
-are rounded here, and it computes what the tensor cores would.
+All accumulate in float32. The interpreter multiplies in float32 whatever it is told; as operands
+are rounded here, it computes what the tensor cores do, but for that last bit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         acc = tl.dot(a_high, b - b_high, acc, input_precision="tf32")
         acc = tl.dot(a_high, b_high, acc, input_precision="tf32")
     elif PRECISION == "tf32":
-        acc = tl.dot(to_tf32(a), to_tf32(b), acc, input_precision="tf32")
+        acc = tl.dot(_kept_nan(a), _kept_nan(b), acc, input_precision="tf32")
     elif PRECISION == "bf16":
         acc = tl.dot(_to_bf16(a), _to_bf16(b), acc)
     else:
@@ -37,10 +37,16 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def to_tf32(x):
-    """x rounded to the 10 bits of tf32; what is cut off fits tf32 again. (Truncating instead, as
-    the hardware would, fails the error rule.)"""
+    """x rounded to the 10 bits of tf32 (cutting them off instead fails the error rule). A NaN may
+    become a number, but x less that is a NaN again."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 4096) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _kept_nan(x):
+    """x rounded to tf32, where nothing else tells of a NaN."""
+    return tl.where(x == x, to_tf32(x), x)
 
 
 @triton.jit
@@ -49,6 +55,6 @@ def _to_bf16(x):
     if INTERPRETED:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 32767 + ((bits >> 16) & 1)) & -65536
-        return bits.to(tl.float32, bitcast=True)
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     else:  # Triton compiles what follows an early return as well
         return x.to(tl.bfloat16)

@@ -5,7 +5,7 @@
     for k in S-1 .. 0   Lam = Lam - H_k (eta Lam), from the tangents of forward and backward
     the program's sum of meta-gradients += Lam
 
-A program's state lies in scratch memory of its own (fused_layout.py says where) and stays in the
+A program's state lies in scratch memory of its own (fused_program.py says where) and stays in the
 caches; registers hold one tile of a product at a time. Depth, widths, rows and steps are numbers in
 memory, so one compiled kernel serves every network of these activations and this loss, and its code
 does not grow with them. What a routine stored, other threads read in the next: each ends with a
@@ -27,11 +27,16 @@ from .network_loss import loss_pass, loss_tangent, put_outputs
 from .table import FIELDS, add_gradients, copy_parameters, copy_rows, place, zero
 from .weights import descend, pull_back, put_rate_gradients
 
-# Numbers that differ from network to network and must not make a kernel of their own
-UNSPECIALIZED = ("T", "N", "M", "S", "L", "C", "P", "support_scale", "query_scale")
+# Numbers that differ from network to network, and tensors that may begin anywhere, as parts of
+# others do, must not make kernels of their own.
+NUMBERS = ("T", "N", "M", "S", "L", "C", "P", "support_scale", "query_scale")
+ANYWHERE = (
+    "support_x", "support_y", "query_x", "query_y", "layers", "addresses", "rates",
+    "task_losses", "support_losses", "query_outputs", "gradients", "rate_gradients",
+)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ANYWHERE)
 def meta_step(
     support_x, support_y, query_x, query_y,  # [T, N, I0], [T, N, C] or classes [T, N]; and M
     layers,  # int32 [L, FIELDS]

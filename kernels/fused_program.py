@@ -172,7 +172,7 @@ def constants(network: Network, tiles: Tiles, precision: str) -> dict[str, Any]:
         ALL_ROWS=max(network.rows, network.query_rows) <= tiles.rows,
         ALL_OUTER=network.widest <= tiles.outer,
         TALL=tiles.tall,
-        CLASSES=triton.next_power_of_2(padded(network.outputs)),
+        CLASSES=1 if network.outputs == 1 else triton.next_power_of_2(padded(network.outputs)),
         PRECISION=precision,
     )
 
@@ -226,13 +226,14 @@ def run(
     """Fill `out` for the tasks of `batch`; all tensors are contiguous and on one device.
 
     table: `network.table()`; addresses: int64 [L, 2] of weights and biases, 0 for no bias; rates:
-    [S + 1, L, 2] of weights and biases, 0 for no bias, and the last -1; programs: at most so many run at once, each with its scratch.
+    [S + 1, L, 2] of weights and biases, 0 for no bias, and the last -1; programs: at most so many
+    share the tasks, each with its scratch.
     """
     tasks = batch[0].shape[0]
     programs = min(programs, tasks)
-    scratch = rates.new_empty(programs, network.program_size)
+    scratch = batch[0].new_empty(programs, network.program_size)
     numbers = network.gradient_numbers
-    partials = rates.new_empty(programs, numbers)
+    partials = batch[0].new_empty(programs, numbers)
     meta_step[(programs,)](
         *batch, table, addresses, rates, scratch,
         out.task_losses, out.support_losses, out.query_outputs, partials, out.rate_gradients,

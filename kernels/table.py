@@ -11,10 +11,6 @@ import triton.language as tl
 
 from .products import put_row_tile, row_tile
 
-# Numbers that differ from network to network and must not make a kernel of their own
-UNSPECIALIZED = ("T", "N", "M", "S", "L", "C", "P", "support_scale", "query_scale")
-
-
 # Numbers in a row of the layer table: I, O, stride of W's rows, strides of the nodes before and
 # behind, where W and b begin in a copy of the parameters, where the nodes before and behind begin
 # in a copy of the activations, which activation, where W and b begin in the gradients (-1: nowhere)

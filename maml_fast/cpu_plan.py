@@ -78,18 +78,7 @@ def plan_for_cpu(
         planned.append(layer)
     cycles = cpu_cost.total_cycles(choice, shapes.tasks, threads=1)
     plan = CpuPlan(name, choice.layout, choice.tile_tasks, 0, 0, cycles, machine.lanes)
-    assert isinstance(asked.loss, str)  # `plan_layers` refuses others
-    variant = Variant(
-        asked.loss,
-        asked.inner_steps,
-        shapes.support[0],
-        shapes.query[0],
-        asked.first_order,
-        gradient=True,
-        exports=False,
-        adapting=tuple(adapting),
-        learning=frozenset(),
-    )
+    variant = Variant.planned(asked, shapes, adapting)
     sizes = prepare(planned, plan, variant, shapes).sizes(shapes.tasks)
     return planned, replace(plan, arena_bytes=sizes["arena_bytes"], chunks=sizes["chunks"])
 

@@ -25,7 +25,6 @@ class Module(Protocol):
     """What the operation asks of a `MAML`."""
 
     model: nn.Module
-    inner_steps: int
 
     def run_whole(self, *batch: Tensor, gradient: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Loss, task losses, support losses and query outputs; gradients of `inputs`."""
@@ -50,15 +49,22 @@ def meta_step(
     query_x: Tensor,
     query_y: Tensor,
     module: int,
+    inner_steps: int,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Loss [], task losses [T], support losses [T, S], query outputs [T, M, ...], and, if
-    `gradient`, the gradient of the loss for each of `inputs`, which are `MAML.inputs()`."""
+    `gradient`, the gradient of the loss for each of `inputs`, which are `MAML.inputs()`.
+    inner_steps: those of the module, so that a compiled caller notices if they change."""
     results, gradients = _MODULES[module].run_whole(
         support_x, support_y, query_x, query_y, gradient=gradient
     )
-    loss, task_losses, support_losses, outputs = (tensor.clone() for tensor in results)
-    return loss, task_losses, support_losses, outputs, [tensor.clone() for tensor in gradients]
+    loss, task_losses, support_losses, outputs = map(_own, results)
+    return loss, task_losses, support_losses, outputs, [_own(tensor) for tensor in gradients]
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy without gaps, as the fake results are."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 @meta_step.register_fake
@@ -69,6 +75,7 @@ def _(
     query_x: Tensor,
     query_y: Tensor,
     module: int,
+    inner_steps: int,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     maml = _MODULES[module]
@@ -84,9 +91,9 @@ def _(
     return (
         row.new_empty(()),
         row.new_empty(tasks),
-        row.new_empty(tasks, maml.inner_steps),
+        row.new_empty(tasks, inner_steps),
         row.new_empty(tasks, *row.shape),
-        [torch.empty_like(tensor) for tensor in inputs] if gradient else [],
+        [tensor.new_empty(tensor.shape) for tensor in inputs] if gradient else [],
     )
 
 
@@ -99,7 +106,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 @once_differentiable
 def _scale(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     gradients = [gradient * d_loss for gradient in ctx.saved_tensors] or [None] * ctx.count
-    return gradients, None, None, None, None, None, None
+    return gradients, None, None, None, None, None, None, None
 
 
 meta_step.register_autograd(_scale, setup_context=_keep)

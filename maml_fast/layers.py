@@ -13,6 +13,7 @@ from torch import nn
 from maml_fast.cost import Cost, LayerUse
 from maml_fast.losses import LOSSES
 from maml_fast.ops import Features, Linear, MergeRows, SplitRows
+from maml_fast.problem import Problem, TaskBatch
 from maml_fast.trace import Link, trace
 
 
@@ -30,6 +31,17 @@ class Asked:
     cuda_graphs: bool = True
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """What a plan depends on beside the model: one task's rows, and how many tasks."""
+
+    tasks: int
+    support: tuple[int, ...]  # [N, *features]
+    query: tuple[int, ...]  # [M, *features]
+    dtype: torch.dtype
+    device: torch.device
+
+
 class Variant(NamedTuple):
     """What a compiled program depends on beside the layers."""
 
@@ -43,16 +55,39 @@ class Variant(NamedTuple):
     adapting: tuple[str, ...]
     learning: frozenset[str]  # parameters whose rates want a gradient
 
+    @classmethod
+    def of(
+        cls, problem: Problem, batch: TaskBatch, gradient: bool, exports: bool = False
+    ) -> Variant:
+        """What runs for a batch."""
+        assert isinstance(problem.loss, str)  # the plan refuses others
+        return cls(
+            problem.loss,
+            problem.inner_steps,
+            batch.support_x.shape[1],
+            batch.query_x.shape[1],
+            problem.first_order,
+            gradient,
+            exports,
+            tuple(problem.rates.values),
+            problem.rates.learning if gradient else frozenset(),
+        )
 
-@dataclass(frozen=True)
-class Shapes:
-    """What a plan depends on beside the model: one task's rows, and how many tasks."""
-
-    tasks: int
-    support: tuple[int, ...]  # [N, *features]
-    query: tuple[int, ...]  # [M, *features]
-    dtype: torch.dtype
-    device: torch.device
+    @classmethod
+    def planned(cls, asked: Asked, shapes: Shapes, adapting: Collection[str]) -> Variant:
+        """What a plan is made for: gradients, of parameters alone."""
+        assert isinstance(asked.loss, str)  # `plan_layers` refuses others
+        return cls(
+            asked.loss,
+            asked.inner_steps,
+            shapes.support[0],
+            shapes.query[0],
+            asked.first_order,
+            gradient=True,
+            exports=False,
+            adapting=tuple(adapting),
+            learning=frozenset(),
+        )
 
 
 @dataclass(frozen=True)

@@ -69,12 +69,12 @@ class AdaptedModels:
         Raises ValueError or TypeError if query_x has other tasks or features than support_x.
         """
         check_query(query_x, self._row)
-        with self._using(), plain(query_x.device.type):
+        with self._using(), plain(query_x.device):
             return self._adapted.predict(recordable(query_x))
 
     def parameters(self) -> dict[str, Tensor]:
         """Adapted parameters, {name: [T, *shape]}, by the names of `model.named_parameters()`."""
-        with plain(self._row.device.type):
+        with plain(self._row.device):
             return self._adapted.parameters()
 
 
@@ -134,7 +134,7 @@ class MAML(nn.Module):
         self._number = custom_op.number_of(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"cuda_graphs": True, **state})  # of a state without
         self._number = custom_op.number_of(self)  # a copy is another module
 
     def _check_options(self) -> None:
@@ -195,7 +195,7 @@ class MAML(nn.Module):
         """The meta-step as torch.compile sees it."""
         inputs = self.inputs()
         gradient = torch.is_grad_enabled() and bool(inputs)
-        found = custom_op.meta_step(inputs, *batch, self._number, gradient)
+        found = custom_op.meta_step(inputs, *batch, self._number, self.inner_steps, gradient)
         return MetaStepResult(*found[:4])
 
     def inputs(self) -> list[Tensor]:
@@ -245,7 +245,7 @@ class MAML(nn.Module):
             outcome = meta_step.run(plan, problem, batch, gradient)
             if outcome.finite:
                 return outcome
-        with using(self.model, plan), plain(batch.support_x.device.type):
+        with using(self.model, plan), plain(batch.support_x.device):
             if not quick:
                 outcome = meta_step.run(plan, problem, batch, gradient)
             if plan.reads_memory and problem.loss == "cross_entropy" and not outcome.finite:
@@ -260,7 +260,7 @@ class MAML(nn.Module):
         outcome = self._run(plan, problem, batch, gradient=True)
         found, by_rate = outcome.gradients, outcome.rate_gradients
         assert found is not None and by_rate is not None
-        rates = self.rates.gather(by_rate) if by_rate else []
+        rates = self.rates.gather(by_rate) if self.rates.learning() else []
         if self.reduction == "mean":
             whole = [found.flat] if isinstance(found, FlatGradients) else list(found.values())
             if whole or rates:
@@ -283,7 +283,7 @@ class MAML(nn.Module):
         batch = TaskBatch(x, y, x, y)
         planned, problem = self._prepare(batch, steps)
         plan = planned.plan
-        with using(self.model, plan), plain(x.device.type):
+        with using(self.model, plan), plain(x.device):
             # Copies: what was adapted stays, whatever becomes of the model and of the data.
             own = {name: p.clone() for name, p in problem.parameters.items()}
             problem = dataclasses.replace(problem, parameters=own)
@@ -297,7 +297,7 @@ class MAML(nn.Module):
         x, q = recordable(support_x), recordable(query_x)
         batch = TaskBatch(x, x, q, q)
         check_batch(batch, next(self.model.parameters(), None))
-        with using(self.model), plain(x.device.type):
+        with using(self.model), plain(x.device):
             planned = self._planner.plan_for(
                 self.model, self.loss, self._asked(self.inner_steps), batch
             )
@@ -326,7 +326,7 @@ class MAML(nn.Module):
                 check_classes(batch, planned.outputs[1].shape[-1])
             return planned, self._problem(inner_steps, planned, detached)
         check_batch(batch, next(self.model.parameters(), None))
-        with using(self.model), plain(batch.support_x.device.type):
+        with using(self.model), plain(batch.support_x.device):
             asked = self._asked(inner_steps)
             planned = self._planner.plan_for(self.model, self.loss, asked, batch)
             check_targets("support_y", batch.support_y, planned.outputs[0], self.loss)

@@ -114,8 +114,10 @@ def make_plan(
     output: tuple[int, ...],
     adapting: Collection[str],
     refusals: Sequence[str] = (),
+    broken: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Choose the backend and each layer's form; `refusals` are reasons against torch known already.
+    """Choose the backend and each layer's form. `refusals` are reasons against all planned
+    backends that are known already, `broken` reasons against one, by its name.
 
     Raises UnavailableBackendError for a backend that this installation lacks, and
     UnsupportedModelError where an explicit backend cannot run the model, naming layer and reason.
@@ -127,7 +129,7 @@ def make_plan(
     if backend in ("auto", *PLANNED) and not refusals:
         layers, refusals = plan_layers(model, asked, shapes, adapting)
     not_by = {
-        name: compiled.refusals(layers, shapes)
+        name: [broken[name]] if broken and name in broken else compiled.refusals(layers, shapes)
         for name, compiled in (("triton", triton_plan), ("cpu", cpu_plan))
         if backend in ("auto", name)
     }
@@ -203,6 +205,7 @@ def _chunk_size(
         kept = copies * sum(p.numel() for p in model.parameters())
     else:
         kept = sum(_kept_by(layer, shapes, inner_steps) for layer in layers if not layer.prelude)
+        kept *= 3 if backend == "triton" else 1  # cotangents, tangents, factors beside each other
     if shapes.device.type == "cuda":
         memory = torch.cuda.get_device_properties(shapes.device).total_memory
         budget = int(memory * GPU_PASS_SHARE)

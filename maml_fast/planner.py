@@ -49,6 +49,11 @@ class Planned:
             if self.plan.asked.backend != "auto" or self.plan.backend not in PLANNED:
                 raise
             self.plan, sure = verified(self.make(refusals=[str(error)]), problem, batch)
+        except Exception as error:  # of a kernel that this GPU cannot run, of any type
+            if self.plan.asked.backend != "auto" or self.plan.backend != "triton":
+                raise
+            reason = f"its kernels fail here: {type(error).__name__}: {error}"
+            self.plan, sure = verified(self.make(broken={"triton": reason}), problem, batch)
         return sure
 
 

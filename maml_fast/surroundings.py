@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,12 +30,14 @@ def using(model: nn.Module, plan: Plan | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def plain(device_type: str) -> Iterator[None]:
-    """Neither autocast nor inference mode nor a graph: the backends record what they need."""
+def plain(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor inference mode nor a graph: the backends record what they need. Kernels
+    are launched on the current device, which is the data's meanwhile."""
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        torch.autocast(device_type, enabled=False),
+        torch.autocast(device.type, enabled=False),
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
     ):
         yield
 

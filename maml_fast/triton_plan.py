@@ -42,6 +42,7 @@ class TritonPlan:
     tiles: Any = None  # kernels.fused_program.Tiles
     programs: int = 0
     scratch_bytes: int = 0
+    tunes: bool = True  # whether other tiles may be tried
 
     def describe(self) -> str:
         """Lines for people."""
@@ -63,7 +64,8 @@ def refusals(layers: Sequence[LayerPlan], shapes: Shapes) -> list[str]:
     if elsewhere := triton_features.why_not_on(shapes.device):
         return [elsewhere]
     if shapes.dtype != torch.float32:
-        return [f"the data are {shapes.dtype}, its kernels take float32; take backend 'torch'"]
+        instead = "; take backend 'torch'" if shapes.dtype == torch.float64 else ""
+        return [f"the data are {shapes.dtype}, and its kernels take float32{instead}"]
     return [
         f"layer '{layer.link.name}' ({layer.link.op}): has no Triton operation"
         for layer in layers
@@ -123,26 +125,14 @@ def _fused(
     plan: TritonPlan,
 ) -> TritonPlan:
     """The plan with the tiles that are expected to be quickest."""
-    assert isinstance(asked.loss, str)  # `plan_layers` refuses others
-    rows, query_rows = shapes.support[0], shapes.query[0]
-    variant = Variant(
-        asked.loss,
-        asked.inner_steps,
-        rows,
-        query_rows,
-        asked.first_order,
-        gradient=True,
-        exports=False,
-        adapting=tuple(adapting),
-        learning=frozenset(),
-    )
+    variant = Variant.planned(asked, shapes, adapting)
     network = network_of(layers, variant, {}, 0)
     uses = [
         LayerUse(
             layer.in_features,
             layer.out_features,
-            rows,
-            query_rows,
+            shapes.support[0],
+            shapes.query[0],
             asked.inner_steps,
             asked.first_order,
             first=not i,

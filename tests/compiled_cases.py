@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 SOME = (
     "dot-ieee-16x16x16-1",
     "dot-tf32-16x64x64-4",
-    "dot-tf32x3-64x64x64-4",
+    "dot-tf32x3-16x64x64-4",
     "dot-bf16-64x64x64-4",
     "fused sinusoid 16x16x32x32-1 tf32x3",
     "fused sinusoid 16x64x64x64-8 tf32x3",
     "fused policy 16x16x64x64-4 tf32x3",
+    "fused scale+sine mse 111",
+    "attend backward [m_query+m_key] [base+kept] [relu] 5x5x64x128 tf32x3",
+    "attend tangent [m_query+m_key+a_query+a_key] [base+kept] [relu] 5x20x256x128 tf32x3",
     "sum_rows",
 )
 
@@ -33,7 +36,7 @@ def launches() -> list[Launch]:
     is settled by then."""
     from tests import compiled_layers
 
-    found = _products() + _fused() + _layers() + compiled_layers.launches()
+    found = _products() + _fused() + _variants() + _layers() + compiled_layers.launches()
     # Sizes that are numbers at run time make no machine code of their own.
     different = {repr(replace(launch, name="", grid=())): launch for launch in reversed(found)}
     return list(reversed({launch.name: launch for launch in different.values()}.values()))
@@ -59,36 +62,36 @@ def _products() -> list[Launch]:
 
 
 def _fused() -> list[Launch]:
+    """All tiles that may be chosen; those of the plan in every precision."""
     from benchmarks.cases import CASES
     from maml_fast import triton_plan
     from maml_fast.kernels import fused_program
 
     found = []
-    for case in {case.network.name: case for case in reversed(CASES)}.values():
-        network = _fused_network(case)
-        if network is None:
+    for case in CASES:
+        plan = _plan(case).triton
+        if plan.kernels != "fused":
             continue
-        for tiles in triton_plan.candidates(network):
-            for precision in triton_plan.PRECISIONS.values():
-                cut = f"{tiles.rows}x{tiles.inner}x{tiles.outer}x{tiles.tall}-{tiles.num_warps}"
-                name = f"{case.network.name} {cut} {precision}"
-                found += fused_program.launches(network, tiles, precision, name)
+        network = _fused_network(case)
+        pairs = [(tiles, plan.precision) for tiles in triton_plan.candidates(network)]
+        pairs += [(plan.tiles, precision) for precision in triton_plan.PRECISIONS.values()]
+        for tiles, precision in pairs:
+            cut = f"{tiles.rows}x{tiles.inner}x{tiles.outer}x{tiles.tall}-{tiles.num_warps}"
+            name = f"{case.network.name} {cut} {precision}"
+            found += fused_program.launches(network, tiles, precision, name)
     return found
 
 
-def _fused_network(case: Case) -> Network | None:
-    """What the fused kernel runs for the case; None where the plan takes other kernels."""
+def _fused_network(case: Case) -> Network:
+    """What the fused kernel runs for the case."""
     from maml_fast import triton_plan
     from maml_fast.layers import Variant
 
-    plan = _plan(case)
-    if plan.triton.kernels != "fused":
-        return None
     adapting = tuple(name for name, _ in case.network.build().named_parameters())
     variant = Variant(
         case.network.loss, case.S, case.N, case.M, False, True, False, adapting, frozenset()
     )
-    return triton_plan.network_of(plan.layers, variant, {}, 0)
+    return triton_plan.network_of(_plan(case).layers, variant, {}, 0)
 
 
 def _plan(case: Case) -> Plan:
@@ -157,3 +160,35 @@ def _layers() -> list[Launch]:
             stepper = LayerStepper(problem, batch, plan, True, plan.triton.precision)
             stepping.drive(stepper, case.S, gradient=True)
     return list(found.values())
+
+
+def _variants() -> list[Launch]:
+    """The fused kernel with every activation, loss and option, at one network's sizes."""
+    from maml_fast.kernels import fused_program
+    from maml_fast.ops import OPERATIONS
+
+    natives = dict.fromkeys(
+        op.native
+        for kind in OPERATIONS
+        for op, _ in kind.examples()
+        if op.native is not None and op.native[0] != "reshape"
+    )
+    chains = [((name, *constants),) for name, constants in natives]
+    chains.append((("scale", 3.0), ("sine",)))
+    losses = ("mse", "cross_entropy", "bce_with_logits", "huber")
+    tiles = fused_program.Tiles(16, 64, 64, 64, 8)
+    found = []
+    for i, chain in enumerate(chains):
+        layers = (
+            fused_program.Layer(20, 40, chain, 0, 800),
+            fused_program.Layer(40, 5, (), 840, 1040),
+        )
+        loss, options = losses[i % 4], ((True, True, i % 2 == 0), (True, False, True), (False,) * 3)
+        gradient, second_order, learns = options[0 if i < 6 else i % 3]
+        network = fused_program.Network(
+            layers, loss, 2, 5, 20, gradient, second_order, learns, 1045
+        )
+        kind = "+".join(op[0] for op in chain)
+        name = f"{kind} {loss} {gradient:d}{second_order:d}{learns:d}"
+        found += fused_program.launches(network, tiles, "tf32x3", name)
+    return found

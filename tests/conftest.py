@@ -8,6 +8,7 @@ import torch
 
 if not torch.cuda.is_available():  # before anything loads Triton's kernels
     os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products
 
 from maml_fast import cpu_cost, cpu_features
 from tests.engines import ENGINES, LAYOUTS

@@ -116,6 +116,6 @@ def test_the_operation_is_a_good_one(case):
     maml, batch = case
     torch.library.opcheck(
         torch.ops.maml_fast.meta_step.default,
-        (maml.inputs(), *batch, maml._number, True),
+        (maml.inputs(), *batch, maml._number, maml.inner_steps, True),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )

@@ -1,10 +1,30 @@
-"""Where there is a GPU: every backend there, against the plain loop on the CPU."""
+"""Where there is a GPU: every backend there, against the plain loop on the CPU; and of the Triton
+kernels what only a GPU shows: all tiles, large tensors, graphs, streams, the sanitizer's findings.
+
+T tasks, N support rows, M query rows, F features of queries and keys, O of values.
+"""
+
+import copy
+import gc
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from maml_fast import MAML, NonFiniteError, check
+from maml_fast.backends import tuning
+from maml_fast.backends.cuda_graphs import GRAPHS_KEPT
+from maml_fast.problem import TaskBatch
+from maml_fast.triton_plan import TILES
+from tests import gpu_cases
+from tests.gpu_cases import BOUND, KINDS, LESS_EXACT, PRECISIONS, Twins, error_of
 from tests.networks import SMOOTH, Draw, assert_close, by_graph, gradients
 
 pytestmark = [
@@ -19,6 +39,18 @@ BACKENDS = [
     ("torch", "dense"),
     ("auto", "auto"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def planned_tiles(monkeypatch, tmp_path):
+    """Tiles as planned, as these tests ask for deterministic algorithms; not the user's folder."""
+    monkeypatch.setenv(tuning.FOLDER, str(tmp_path))
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    pytest.importorskip("triton")
+    return request.param
 
 
 def on_gpu(batch, dtype=torch.float64):
@@ -72,3 +104,415 @@ def test_bad_input():
         maml(support_x, support_y, query_x, query_y + 2)
     with pytest.raises(NonFiniteError, match="4 of 4 tasks"):
         maml(support_x * torch.nan, support_y, query_x, query_y)
+
+
+def test_auto_is_triton_where_it_can_be(draw):
+    pytest.importorskip("triton")
+    batch = draw.batch("mse", 4, 5, 6, SIZES)
+    maml = MAML(draw.mlp(SIZES).to(gpu_cases.DEVICE, torch.float32))
+    assert maml.plan(*gpu_cases.on_device(batch)[::2]).backend == "triton"
+    plan = maml.double().plan(*gpu_cases.on_device(batch, torch.float64)[::2])
+    assert plan.backend == "torch"
+    assert "its kernels take float32" in plan.reason
+
+
+class TestTiles:
+    """Every way to cut the work, against float64, tensor by tensor."""
+
+    @pytest.mark.parametrize(("network", "precision"), gpu_cases.FUSED)
+    @pytest.mark.parametrize("position", range(len(TILES)))
+    def test_fused(self, network, position, precision):
+        pytest.importorskip("triton")
+        case = gpu_cases.fused(network)
+        errors = case.errors(case.tiles[position], precision)
+        if precision in LESS_EXACT:
+            least, most = LESS_EXACT[precision]
+            assert least < max(errors.values()) < most, errors
+            return
+        for name, error in errors.items():
+            assert error <= case.bounds[name], (name, error, case.bounds[name])
+
+    @pytest.mark.parametrize("shape", gpu_cases.attend_shapes(), ids=str)
+    @pytest.mark.parametrize(
+        ("kind", "precision"),
+        [
+            ("tangent_backward", "tf32x3"),
+            ("tangent", "ieee"),
+            ("forward", "tf32"),
+            ("backward", "bf16"),
+        ],
+    )
+    def test_attend(self, kind, precision, shape, draw, monkeypatch):
+        from tests import test_attend
+
+        def attend(kind, terms, ops, out, _, **options):
+            launch(kind, terms, ops, out, precision, **options)
+
+        launch = test_attend.attend
+        monkeypatch.setattr(test_attend, "attend", attend)
+        monkeypatch.setattr(test_attend, "SMALL", None)  # what `default_config` says
+        if precision in LESS_EXACT:
+            monkeypatch.setattr(test_attend, "BOUND", LESS_EXACT[precision][1])
+        test_attend.test_attend(kind, shape, draw)
+
+    @pytest.mark.parametrize("width", [2, 3, 7, 12, 16, 30, 100, 128, 200, 256])
+    def test_an_activation_alone(self, width, draw):
+        from tests import test_attend
+
+        test_attend.test_an_activation_alone(width, draw)
+
+    @pytest.mark.parametrize("precision", PRECISIONS)
+    @pytest.mark.parametrize("n", [5, 20, 70])
+    @pytest.mark.parametrize("m", [7, 20, 40, 150])
+    def test_matmul(self, m, n, precision, draw):
+        from tests import test_matmul
+
+        a, b, bias = draw.normal(m, 50), draw.normal(n, 50).mT, draw.normal(n)
+        bound = LESS_EXACT[precision][1] if precision in LESS_EXACT else BOUND
+        options = dict(engine="triton", precision=precision, bound=bound)
+        test_matmul.check(a @ b + bias, a, b, bias, **options)
+
+
+def by_torch(twins, batch):
+    """Results and gradients in float64, by backend "torch"."""
+    maml = MAML(
+        copy.deepcopy(twins.model).double(),
+        twins.loss,
+        gpu_cases.RATE,
+        twins.plain.inner_steps,
+        backend="torch",
+    )
+    double = TaskBatch(*(t.double() if t.is_floating_point() else t for t in batch))
+    result, found = maml.value_and_grad(*double)
+    return vars(result), found
+
+
+@pytest.mark.parametrize("tasks", [1, 100_000])
+def test_few_and_many_tasks(kind, tasks):
+    """One task too few or twice would move a gradient by 1e-5 of a task's own."""
+    twins = Twins(kind)
+    batch = twins.batch(tasks)
+    results, wanted = by_torch(twins, batch)
+    some = [by_torch(twins, task)[1] for task in TaskBatch(*(t[:16] for t in batch)).chunks(1)]
+    found = twins.values_of_plain(batch)
+    for name, tensor in results.items():
+        assert error_of(found[name], tensor) <= 2 * BOUND, name
+    for name, tensor in wanted.items():
+        scale = sum(task[name].norm().item() for task in some) / len(some)
+        assert (found[name].double() - tensor).norm().item() <= 2 * BOUND * scale, name
+
+
+class TestPast2To31:
+    """Numbers whose place in a tensor no 32 bits can say."""
+
+    tasks, rows, features = 1_700_000, 10, 128
+
+    @pytest.fixture(autouse=True)
+    def memory(self):
+        assert self.tasks * self.rows * self.features > 2**31
+        if why := gpu_cases.needs_memory(20):
+            pytest.skip(why)
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    @pytest.fixture
+    def normal(self):
+        generator = torch.Generator(gpu_cases.DEVICE).manual_seed(0)
+        return lambda *shape: torch.randn(*shape, generator=generator, device=gpu_cases.DEVICE)
+
+    def places(self, per_task):
+        """Tasks at the beginning, around number 2^31, and at the end."""
+        border = min(2**31 // per_task, self.tasks - 50)
+        return [slice(0, 50), slice(border - 50, border + 50), slice(self.tasks - 50, self.tasks)]
+
+    def test_fused(self, normal, draw):
+        tasks = self.tasks
+        x, y = normal(tasks, self.rows, self.features), normal(tasks, self.rows, 1)
+        batch = TaskBatch(x, y, normal(tasks, 1, self.features), normal(tasks, 1, 1))
+        model = draw.mlp((self.features, 8, 1)).to(gpu_cases.DEVICE, torch.float32)
+        options = dict(inner_lr=0.01, inner_steps=1, cuda_graphs=False)
+        maml = MAML(model, backend="triton", **options)
+        assert maml.plan(*batch[::2]).triton.kernels == "fused"
+        result, found = maml.value_and_grad(*batch)
+        double = MAML(copy.deepcopy(model).double(), inner_lr=0.01, backend="torch")
+        for place in self.places(self.rows * self.features):
+            wanted = double.value_and_grad(*(t[place].double() for t in batch))[0]
+            for name in ("task_losses", "support_losses", "query_outputs"):
+                error = error_of(getattr(result, name)[place], getattr(wanted, name))
+                assert error <= 5 * BOUND, (name, place)
+        quarters = [maml.value_and_grad(*part)[1] for part in batch.chunks(tasks // 4)]
+        assert len(quarters) == 4
+        for name, tensor in found.items():  # a sum over tasks is that of its parts
+            mean = torch.stack([quarter[name].double() for quarter in quarters]).mean(0)
+            assert error_of(tensor, mean) <= 1e-4, name
+
+    @pytest.mark.parametrize("rows", [10, 1], ids=["rows", "keys"])
+    @pytest.mark.parametrize("sums", ["moved", "adjoint"])
+    def test_attend(self, rows, sums, normal):
+        """More rows than that, or more values."""
+        from maml_fast.kernels.attend import Segment, Terms, attend
+
+        keys = 11 - rows
+        query, key = normal(self.tasks, rows, 16), normal(self.tasks, keys, 16)
+        value = normal(self.tasks, keys, self.features)
+        segment = Segment(query, key, value, keys)
+        if sums == "moved":
+            rates = torch.full((2, 1), 0.5, device=gpu_cases.DEVICE)
+            terms = Terms(None, moved=segment, rates=rates, step=1, step_rows=keys)
+        else:
+            terms = Terms(None, adjoint=segment, step_rows=keys, query_rows=keys)
+        out = query.new_empty(self.tasks, rows, self.features)
+        attend("backward", terms, (), out, "tf32x3")
+        for place in self.places(10 * self.features):
+            gram = query[place].double() @ key[place].double().mT
+            wanted = (-0.5 if sums == "moved" else 1) * gram @ value[place].double()
+            assert error_of(out[place], wanted) <= BOUND, place
+
+    def test_an_activation_alone(self, normal):
+        from maml_fast.kernels.attend import Terms, attend
+
+        base, bias = normal(self.tasks, self.rows, self.features), normal(self.features)
+        places = self.places(self.rows * self.features)
+        wanted = [(base[place].double() + bias).tanh() for place in places]
+        attend("forward", Terms(base, bias), (("tanh",),), base, "tf32x3")  # in place
+        for place, tensor in zip(places, wanted, strict=True):
+            assert error_of(base[place], tensor) <= BOUND, place
+
+    @pytest.mark.parametrize("large", ["a", "out"])
+    def test_matmul(self, large, normal):
+        from maml_fast.kernels.matmul import product
+
+        k, n = (self.features, 5) if large == "a" else (5, self.features)
+        a, b = normal(self.tasks * self.rows, k), normal(k, n)
+        out = product(a, b, engine="triton")
+        for place in self.places(self.rows * self.features):
+            place = slice(place.start * self.rows, place.stop * self.rows)
+            assert error_of(out[place], a[place].double() @ b.double()) <= BOUND, place
+
+
+class TestGraphs:
+    """A meta-step replayed gives what one that is launched gives."""
+
+    def test_new_data_each_time(self, kind):
+        twins = Twins(kind)
+        for call in range(4):
+            twins.check()
+            assert twins.graphs() == min(call, 1)
+
+    def test_classes(self, kind):
+        twins = Twins(kind, loss="cross_entropy")
+        for _ in range(3):
+            twins.check()
+        batch = twins.batch()
+        batch.query_y[1, 1] = 2
+        with pytest.raises(ValueError, match="query_y.*wanted is 0 to 1"):
+            twins.graphed(*batch)
+        twins.check()
+
+    def test_without_a_gradient(self, kind):
+        twins = Twins(kind)
+        for _ in range(3):
+            batch = twins.batch()
+            with torch.no_grad():
+                found, wanted = twins.graphed(*batch), twins.plain(*batch)
+            assert all(error_of(a, vars(wanted)[n]) <= BOUND for n, a in vars(found).items())
+        assert twins.graphs() == 1
+
+    def test_parameters_that_an_optimizer_moves(self, kind):
+        twins = Twins(kind)
+        optimizer = torch.optim.Adam(twins.model.parameters(), 0.1)
+        before = [p.detach().clone() for p in twins.model.parameters()]
+        for _ in range(4):
+            optimizer.zero_grad()
+            twins.graphed(*twins.batch()).loss.backward()
+            optimizer.step()
+            twins.check()
+        assert twins.graphs() == 1
+        for p, old in zip(twins.model.parameters(), before, strict=True):
+            assert error_of(p, old) > 0.1
+
+    @pytest.mark.parametrize("way", ["new parameters", "their memory"])
+    def test_sets_of_parameters_that_take_turns(self, kind, way):
+        twins = Twins(kind)
+        sets = [dict(twins.model.named_parameters()), twins.new_parameters()]
+        if way == "their memory":
+            sets = [{name: p.data for name, p in parameters.items()} for parameters in sets]
+        for turn in (0, 0, 0, 1, 1, 1, 0, 1, 0):
+            if way == "new parameters":
+                twins.put(sets[turn])
+            else:
+                for name, p in twins.model.named_parameters():
+                    p.data = sets[turn][name]
+            zeros = [torch.zeros(n, device=gpu_cases.DEVICE) for n in range(1, 200)]
+            twins.check()  # not with what a graph had read, were its memory free
+            del zeros
+        assert twins.graphs() == 2
+
+    def test_more_sets_than_are_kept(self, kind):
+        twins = Twins(kind)
+        for _ in range(GRAPHS_KEPT + 2):
+            for p, new in zip(
+                twins.model.parameters(), twins.new_parameters().values(), strict=True
+            ):
+                p.data = new.data
+            for _ in range(3):
+                twins.check()
+        assert twins.graphs() == GRAPHS_KEPT
+
+    def test_rates_that_learn(self, kind):
+        rate = nn.Parameter(torch.full((2,), 0.1, device=gpu_cases.DEVICE))
+        twins = Twins(kind, rate)
+        for _ in range(4):
+            _, found = twins.check()
+            with torch.no_grad():
+                rate *= 1 - 0.1 * found["rates.lr"].sigmoid()  # never what it was before
+        assert twins.graphs() == (1 if kind == "fused" else 0)  # else rates are part of the graph
+
+    def test_rates_that_take_turns(self, kind):
+        rate = torch.tensor(0.1, device=gpu_cases.DEVICE)
+        twins = Twins(kind, rate)
+        for value in (0.1, 0.1, 0.1, 0.3, 0.3, 0.3, 0.1, 0.3):
+            rate.fill_(value)
+            zeros = [torch.zeros(n, device=gpu_cases.DEVICE) for n in range(1, 200)]
+            twins.check()
+            del zeros
+        assert twins.graphs() == (1 if kind == "fused" else 2)
+
+    def test_streams_that_take_turns(self, kind):
+        twins = Twins(kind)
+        streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
+        torch.cuda.synchronize()
+        for call in range(9):
+            with torch.cuda.stream(streams[call % 3]):
+                twins.check()
+        torch.cuda.synchronize()
+        assert twins.graphs() == 1
+
+    def test_earlier_results_stay(self, kind):
+        twins, kept = Twins(kind), []
+        for _ in range(5):
+            result, found = twins.check()
+            tensors = [*vars(result).values(), *found.values()]
+            kept.append((tensors, [t.clone() for t in tensors]))
+        for tensors, copies in kept:
+            assert all(map(torch.equal, tensors, copies))
+        assert len({tensors[0].item() for tensors, _ in kept}) == 5
+
+    def test_gradients_add_up(self, kind):
+        twins, totals = Twins(kind), []
+        batches = [twins.batch() for _ in range(4)]
+        for maml in (twins.graphed, twins.plain):
+            maml.zero_grad()
+            for batch in batches:
+                maml(*batch).loss.backward()
+            totals.append({n: p.grad for n, p in twins.model.named_parameters()})
+        assert_close(*totals, BOUND)
+
+    def test_shapes_that_take_turns(self, kind):
+        twins = Twins(kind)
+        for _ in range(3):
+            for shape in ((5, 4, 3), (7, 4, 3), (5, 2, 3)):
+                twins.check(twins.batch(*shape))
+        assert twins.graphs() == 3
+
+    def test_passes(self, kind):
+        twins = Twins(kind, chunk_size=3)
+        for _ in range(3):
+            twins.check(twins.batch(7))
+
+    def test_memory_does_not_grow(self, kind):
+        twins, batch = Twins(kind), Twins(kind).batch()
+        used = []
+        for calls in (5, 50):
+            for _ in range(calls):
+                twins.graphed.zero_grad()
+                twins.graphed(*batch).loss.backward()
+            gc.collect()
+            used.append(torch.cuda.memory_allocated())
+        assert used[1] <= used[0]
+
+    def test_data_that_are_not_finite(self, kind):
+        twins = Twins(kind)
+        for _ in range(3):
+            twins.check()
+        batch = twins.batch()
+        batch.query_x[1, 0, 0] = torch.nan
+        with pytest.raises(NonFiniteError, match="query loss is not finite in 1 of 5 tasks: 1"):
+            twins.graphed(*batch)
+        twins.check()
+
+    def test_not_where_the_caller_captures(self, kind):
+        """A meta-step asks whether its numbers are finite, which no graph can wait for."""
+        done = run_alone("captured", kind)
+        assert done.returncode
+        assert "captur" in done.stderr
+
+
+def run_alone(*arguments, before=(), **environment):
+    """`gpu_cases` as a program."""
+    return subprocess.run(
+        [*before, sys.executable, "-m", "tests.gpu_cases", *arguments],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_tiles_are_measured_once(monkeypatch):
+    pytest.importorskip("triton")
+    measured, on_gpu = [], tuning._on_gpu
+
+    def counted(call):
+        measured.append(on_gpu(call))
+        return measured[-1]
+
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    monkeypatch.setattr(tuning, "_on_gpu", counted)
+    counts = []
+    for _ in range(2):
+        monkeypatch.setattr(tuning, "_remembered", {})  # as a new process
+        twins = Twins("fused")
+        twins.check()
+        counts.append(len(measured))
+    assert counts[0] == counts[1] >= 2  # of several, most give the right result
+    assert all(0 < seconds < 0.1 for seconds in measured)
+    known = json.loads(tuning.path().read_text())
+    assert known
+    assert all(name.startswith("Tiles(") for name in known.values())
+
+
+SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+
+
+@pytest.mark.skipif(not os.path.exists(SANITIZER), reason="there is no compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+@pytest.mark.parametrize("case", ["fused", "layers"])
+def test_sanitizer(case, tool):
+    """Scratch lies in global memory, whose races no tool sees; `debug_barrier` is for them."""
+    pytest.importorskip("triton")
+    gpu_cases.main(case)  # so that all is compiled
+    kernel = "meta_step" if case == "fused" else "attend_kernel"
+    command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", "--kernel-name", f"kns={kernel}"]
+    if tool == "memcheck":
+        command += ["--report-api-errors", "no"]  # torch asks things that may fail
+    # Each tensor its own allocation: beyond its end is out of bounds
+    done = run_alone(case, before=command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"SUMMARY: 0 (errors|hazards)", done.stdout + done.stderr)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_device_that_is_not_the_current_one(kind, monkeypatch):
+    monkeypatch.setattr(gpu_cases, "DEVICE", "cuda:1")
+    twins = Twins(kind)
+    for _ in range(3):
+        result, _ = twins.check()
+        assert result.task_losses.device.index == 1
+    assert torch.cuda.current_device() == 0
+    batch = twins.batch()
+    found = twins.graphed.adapt(*batch[:2])(batch.query_x)
+    wanted = MAML(copy.deepcopy(twins.model), "mse", gpu_cases.RATE, inner_steps=2, backend="torch")
+    assert error_of(found, wanted.adapt(*batch[:2])(batch.query_x)) <= BOUND

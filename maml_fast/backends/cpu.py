@@ -67,18 +67,7 @@ def _program(
     plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool, exports: bool = False
 ) -> Program:
     """The plan's program for these sizes, made or kept from an earlier call."""
-    assert isinstance(problem.loss, str)  # the plan refuses others
-    variant = Variant(
-        problem.loss,
-        problem.inner_steps,
-        batch.support_x.shape[1],
-        batch.query_x.shape[1],
-        problem.first_order,
-        gradient,
-        exports,
-        tuple(problem.rates.values),
-        problem.rates.learning if gradient else frozenset(),
-    )
+    variant = Variant.of(problem, batch, gradient, exports)
     program = plan.programs.pop(variant, None) or Program(plan, variant, problem)
     plan.programs[variant] = program  # the latest last
     if len(plan.programs) > PROGRAMS_KEPT:

@@ -15,32 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maml_fast.backends import stepping
+from maml_fast.backends import stepping, tuning
 from maml_fast.backends.triton_fused import FusedStep
-from maml_fast.backends.triton_step import PreparedStep, Results, places
+from maml_fast.backends.triton_step import PreparedStep, Results, on_device, places
 from maml_fast.layers import Variant
 from maml_fast.plan import Plan
 from maml_fast.problem import Outcome, Problem, Stepper, TaskBatch
 
 PROGRAMS_KEPT = 8  # of a plan
-_LOCK = threading.Lock()
+_LOCK = threading.Lock()  # of plans' programs
 
 
 def meta_step(problem: Problem, batch: TaskBatch, plan: Plan, gradient: bool) -> Outcome:
     """The whole meta-step of one pass."""
     assert plan.triton is not None
-    assert isinstance(problem.loss, str)  # the plan refuses others
-    variant = Variant(
-        problem.loss,
-        problem.inner_steps,
-        batch.support_x.shape[1],
-        batch.query_x.shape[1],
-        problem.first_order,
-        gradient,
-        False,
-        tuple(problem.rates.values),
-        problem.rates.learning if gradient else frozenset(),
-    )
+    variant = Variant.of(problem, batch, gradient)
     key = variant, batch.tasks, plan.triton
     with _LOCK:
         step = plan.programs.pop(key, None)
@@ -50,6 +39,7 @@ def meta_step(problem: Problem, batch: TaskBatch, plan: Plan, gradient: bool) ->
         plan.programs[key] = step  # the latest last
         if len(plan.programs) > PROGRAMS_KEPT:
             plan.programs.pop(next(iter(plan.programs)))
+    with step.lock, on_device(batch.support_x):
         return step.run(problem, batch)
 
 
@@ -59,22 +49,66 @@ class LayersStep(PreparedStep):
     def __init__(self, plan: Plan, variant: Variant, problem: Problem) -> None:
         super().__init__(plan, variant)
         self._rates: tuple[object, Tensor | None] = (None, None)
+        self.engine = "torch"
+
+    def get_ready(self, problem: Problem) -> None:
+        rates = tuple(problem.rates.values.items())
+        if rates != self._rates[0]:
+            self._rates = rates, _layers().rate_table(problem, self.plan)
 
     def key(self, problem: Problem) -> object:
-        return places(problem.parameters), tuple(problem.rates.values.items())
+        return places(problem.parameters), self._rates[0], self.engine
+
+    def alive(self) -> object:
+        return self._rates
 
     def launch(self, problem: Problem, batch: TaskBatch) -> Results:
-        rates = tuple(problem.rates.values.items())
-        if rates != self._rates[0]:  # not while a graph is captured: those rates came before
-            self._rates = rates, _layers().rate_table(problem, self.plan)
-        stepper = layer_stepper(problem, batch, self.plan, self.variant.gradient, self._rates[1])
-        outcome = stepping.drive(stepper, problem.inner_steps, self.variant.gradient)
-        parts = [outcome.task_losses, outcome.support_losses.flatten()]
-        if outcome.gradients is not None:
-            parts += [gradient.flatten() for gradient in outcome.gradients.values()]
-            parts += self._by_layer(outcome.rate_gradients or {})
-        numbers = torch.cat(parts)
+        return self._launch(problem, batch, self.engine)
+
+    def tune(self, problem: Problem, batch: TaskBatch) -> bool:
+        """Which products with shared weights are quicker, torch's or the Triton kernel's."""
+        variant, sizes = self.variant, [p.numel() for p in problem.parameters.values()]
+        layers = [
+            (str(layer.link.op), layer.form, layer.positions)
+            for layer in self.plan.layers
+            if not layer.prelude
+        ]
+        learning = sorted(variant.learning)
+        run_as = variant._replace(learning=frozenset(), adapting=())
+        key = repr(
+            (
+                self.triton.device.name, self.triton.precision, layers, batch.tasks.bit_length(),
+                run_as, learning, sizes,
+            )
+        )  # fmt: skip
+
+        def run(engine: str) -> list[Tensor]:
+            return self._parts(self._drive(problem, batch, engine))
+
+        found = tuning.quickest(key, ["torch", "triton"], run)
+        self.engine = found or self.engine
+        return found is not None
+
+    def _launch(self, problem: Problem, batch: TaskBatch, engine: str) -> Results:
+        outcome = self._drive(problem, batch, engine)
+        numbers = torch.cat([part.flatten() for part in self._parts(outcome)])
         return Results(numbers, outcome.query_outputs, numbers.sum())
+
+    def _drive(self, problem: Problem, batch: TaskBatch, engine: str) -> Outcome:
+        """engine: of products with shared weights, torch's or a Triton kernel."""
+        gradient = self.variant.gradient
+        stepper = _layers().LayerStepper(
+            problem, batch, self.plan, gradient, self.triton.precision, self._rates[1], engine
+        )
+        return stepping.drive(stepper, problem.inner_steps, gradient)
+
+    def _parts(self, outcome: Outcome) -> list[Tensor]:
+        """All its numbers, as `Results` has them."""
+        parts = [outcome.task_losses, outcome.support_losses]
+        if outcome.gradients is not None:
+            parts += outcome.gradients.values()
+            parts += self._by_layer(outcome.rate_gradients or {})
+        return parts
 
     def _by_layer(self, rate_gradients: Mapping[str, Tensor]) -> list[Tensor]:
         if not rate_gradients:
@@ -85,15 +119,10 @@ class LayersStep(PreparedStep):
         return [torch.stack(by_layer, 1).flatten()]
 
 
-def layer_stepper(
-    problem: Problem, batch: TaskBatch, plan: Plan, gradient: bool, rates: Tensor | None = None
-) -> Stepper:
+def layer_stepper(problem: Problem, batch: TaskBatch, plan: Plan, gradient: bool) -> Stepper:
     """The layer kernels in pieces."""
     assert plan.triton is not None
-    layers = _layers()
-    stepper: Stepper = layers.LayerStepper(
-        problem, batch, plan, gradient, plan.triton.precision, rates
-    )
+    stepper: Stepper = _layers().LayerStepper(problem, batch, plan, gradient, plan.triton.precision)
     return stepper
 
 

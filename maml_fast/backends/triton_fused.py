@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from maml_fast.backends.triton_step import PreparedStep, Results, no_numbers, pl
 from maml_fast.layers import Variant
 from maml_fast.plan import Plan
 from maml_fast.problem import Problem, TaskBatch
+from maml_fast.surroundings import plain
 
 
 class FusedStep(PreparedStep):
@@ -23,28 +25,31 @@ class FusedStep(PreparedStep):
 
     def __init__(self, plan: Plan, variant: Variant, problem: Problem) -> None:
         super().__init__(plan, variant)
-        assert plan.triton is not None
         self.kernels: Any = importlib.import_module("maml_fast.kernels.fused_program")
-        starts, self.numbers = self.gradient_starts(problem.parameters)
-        self.network = triton_plan.network_of(plan.layers, variant, starts, self.numbers)
         used = {name for op in self.ops for name in (op.weight, op.bias)}
-        sizes = {name: problem.parameters[name].numel() for name in variant.adapting}
-        # Of parameters that the chain does not use: these gradients no kernel writes
-        self.unused = [
-            slice(starts[name], starts[name] + sizes[name]) for name in sizes if name not in used
-        ]
+        self.sizes = {name: problem.parameters[name].numel() for name in variant.adapting}
+        # The kernel knows no parameters that the chain does not use.
+        self.used = [name for name in variant.adapting if name in used]
+        ends = [0, *accumulate(self.sizes[name] for name in self.used)]
+        starts = dict(zip(self.used, ends, strict=False))
+        self.network = triton_plan.network_of(plan.layers, variant, starts, ends[-1])
         self.device = plan.shapes.device
         self.table = self.network.table().to(self.device)
-        self.tiles, self.tuned = plan.triton.tiles, False
+        self.tiles = self.triton.tiles
         self._addresses: tuple[object, Tensor, list[Tensor]] = (None, self.table, [])
         self._rates: tuple[object, Tensor] = (None, self.table)
 
-    def key(self, problem: Problem) -> object | None:
+    def get_ready(self, problem: Problem) -> None:
         self._place(problem)
         self._set_rates(problem)
+
+    def key(self, problem: Problem) -> object | None:
         if self._addresses[2]:  # copies, which a replay would not make again
             return None
         return places(problem.parameters), self.tiles
+
+    def alive(self) -> object:
+        return self.table, self._addresses, self._rates
 
     def _place(self, problem: Problem) -> None:
         """The parameters' addresses, on the device."""
@@ -67,54 +72,55 @@ class FusedStep(PreparedStep):
         before, table = self._rates
         if found != before:
             new = torch.tensor(found, dtype=torch.float32).permute(2, 0, 1)
-            new = torch.cat([new, torch.full((1, len(self.ops), 2), -1.0)])  # the query's
+            new = torch.cat([new, new.new_full((1, len(self.ops), 2), -1.0)])  # the query's
             table = new.to(self.device) if before is None else table.copy_(new)
             self._rates = found, table
 
     def launch(self, problem: Problem, batch: TaskBatch) -> Results:
-        batch = self._rows(problem, batch)
-        if not self.tuned:
-            self.tuned = True
-            self.tiles = self._tune(batch)
-        return self._launch(batch, self.tiles)
+        return self._launch(self._rows(problem, batch), self.tiles)
 
     def _rows(self, problem: Problem, batch: TaskBatch) -> TaskBatch:
         """The data [T, rows, features] without gaps, past the layers before any that adapts."""
         prelude = [frozen_stage(layer, problem) for layer in self.plan.layers if layer.prelude]
-        support_x, query_x = (through(prelude, x) for x in (batch.support_x, batch.query_x))
-        rows = TaskBatch(support_x, batch.support_y, query_x, batch.query_y)
+        rows = batch
+        if prelude:
+            with plain(batch.support_x.device):
+                support_x, query_x = (through(prelude, x) for x in (batch.support_x, batch.query_x))
+            rows = TaskBatch(support_x, batch.support_y, query_x, batch.query_y)
         return TaskBatch(*(without_gaps(tensor, []) for tensor in rows))
 
     def _launch(self, batch: TaskBatch, tiles: Any) -> Results:
-        variant, network, triton = self.variant, self.network, self.plan.triton
-        assert triton is not None
+        variant, network, triton = self.variant, self.network, self.triton
         tasks, steps, x = batch.tasks, variant.inner_steps, batch.support_x
-        gradients = self.numbers if variant.gradient else 0
+        gradients = sum(self.sizes.values()) if variant.gradient else 0
         rates = 2 * steps * len(self.ops) if network.learns_rates else 0
         numbers = x.new_empty(tasks * (1 + steps) + gradients + rates)
-        outputs = x.new_empty(tasks, *self.plan.output[:1], *self.plan.output[1:])
+        outputs = x.new_empty(tasks, *self.plan.output)
         losses, support_losses, found, rate_sums = numbers.split(
             [tasks, tasks * steps, gradients, rates]
         )
         by_task = x.new_empty(tasks, rates) if rates else no_numbers(x)
-        out = self.kernels.Buffers(losses, support_losses, outputs, found, by_task)
+        missing = variant.gradient and len(self.used) < len(self.sizes)
+        summed = x.new_empty(network.gradient_numbers) if missing else found
+        out = self.kernels.Buffers(losses, support_losses, outputs, summed, by_task)
         programs = triton_plan.programs_for(tiles, 4 * network.program_size, tasks, triton.device)
         self.kernels.run(
             network, tiles, triton.precision, programs, self.table, self._addresses[1],
             self._rates[1], batch, out,
         )  # fmt: skip
-        for place in self.unused:
-            found[place].zero_()
+        if missing:
+            sizes = [self.sizes[name] for name in self.used]
+            by_name = dict(zip(self.used, summed.split(sizes), strict=True))
+            for name, place in zip(self.sizes, found.split([*self.sizes.values()]), strict=True):
+                place.copy_(by_name[name]) if name in by_name else place.zero_()
         if rates:  # what is added up here cancels
             rate_sums.copy_(by_task.sum(0, dtype=torch.float64))
         return Results(numbers, outputs, numbers.sum())
 
-    def _tune(self, batch: TaskBatch) -> Any:
+    def tune(self, problem: Problem, batch: TaskBatch) -> bool:
         """The quickest of the tiles that give the same result as those of the plan."""
-        if batch.support_x.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-            return self.tiles
-        triton, network = self.plan.triton, self.network
-        assert triton is not None
+        triton, network = self.triton, self.network
+        rows = self._rows(problem, batch)
         shape = [(layer.in_features, layer.out_features) for layer in network.layers]
         key = repr(
             (
@@ -124,6 +130,13 @@ class FusedStep(PreparedStep):
             )
         )  # fmt: skip
         candidates = [self.tiles, *triton_plan.candidates(network)]
-        return tuning.quickest(
-            key, list(dict.fromkeys(candidates)), lambda tiles: self._launch(batch, tiles).numbers
-        )
+        sizes = [batch.tasks, batch.tasks * network.inner_steps]
+        sizes += self.sizes.values() if self.variant.gradient else ()
+
+        def run(tiles: Any) -> list[Tensor]:
+            numbers = self._launch(rows, tiles).numbers
+            return list(numbers.split([*sizes, len(numbers) - sum(sizes)]))
+
+        found = tuning.quickest(key, list(dict.fromkeys(candidates)), run)
+        self.tiles = found or self.tiles
+        return found is not None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from maml_fast.backends import tuning
 from maml_fast.backends.cuda_graphs import Graphs
 from maml_fast.layers import Variant
 from maml_fast.ops import Linear
@@ -35,12 +38,24 @@ class PreparedStep:
 
     def __init__(self, plan: Plan, variant: Variant) -> None:
         self.plan, self.variant = plan, variant
+        assert plan.triton is not None
+        self.triton = plan.triton
+        self.tuned = False
         self.graphs = Graphs(plan.asked.cuda_graphs)
+        self.lock = threading.Lock()  # callers take turns
         self.ops = [
             layer.link.op
             for layer in plan.layers
             if isinstance(layer.link.op, Linear) and not layer.prelude
         ]
+
+    def get_ready(self, problem: Problem) -> None:
+        """Bring to the device what `launch` reads beside parameters and data."""
+        raise NotImplementedError
+
+    def tune(self, problem: Problem, batch: TaskBatch) -> bool:
+        """Choose by measuring, where there is a choice; False: nothing could be measured."""
+        raise NotImplementedError
 
     def launch(self, problem: Problem, batch: TaskBatch) -> Results:
         """Start the meta-step on the device; nothing waits for it."""
@@ -50,9 +65,21 @@ class PreparedStep:
         """What a captured meta-step depends on beside shapes; None if it must not be captured."""
         raise NotImplementedError
 
+    def alive(self) -> object:
+        """What a captured meta-step reads beside parameters and data, and must not be freed."""
+        raise NotImplementedError
+
     def run(self, problem: Problem, batch: TaskBatch) -> Outcome:
+        if batch.support_x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a meta-step of backend 'triton' looks at its result, which a CUDA graph cannot "
+                "capture; MAML captures what is inside of it on its own"
+            )
+        self.get_ready(problem)
+        if not self.tuned and self.triton.tunes and tuning.possible(batch.support_x):
+            self.tuned = self.tune(problem, batch)
         results = self.graphs.run(
-            self.key(problem), batch, lambda batch: self.launch(problem, batch)
+            self.key(problem), batch, lambda batch: self.launch(problem, batch), self.alive
         )
         return self._outcome(problem, Results(*results), batch.tasks)
 
@@ -87,18 +114,15 @@ class PreparedStep:
                     found[name] = by_layer[:, i, j]
         return found
 
-    def gradient_starts(self, parameters: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
-        """Where each adapting parameter's gradient begins among all, and how many there are."""
-        starts, count = {}, 0
-        for name in self.variant.adapting:
-            starts[name] = count
-            count += parameters[name].numel()
-        return starts, count
-
 
 def places(parameters: Mapping[str, Tensor]) -> tuple[tuple[int, Sequence[int]], ...]:
     """Where parameters lie: a captured meta-step reads them there."""
     return tuple((p.data_ptr(), p.stride()) for p in parameters.values())
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which is that of the data meanwhile."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def no_numbers(like: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ folder. A file that cannot be read or written costs measuring again, nothing els
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import statistics
@@ -20,6 +21,7 @@ from torch import Tensor
 
 FOLDER = "MAML_FAST_CACHE_DIR"
 ROUNDS = 7
+SLEEP = 200_000  # cycles: a tenth of a millisecond
 AGREEMENT = 1e-2  # of results, relative: a ReLU may switch, a wrong kernel shows
 
 _remembered: dict[str, str] = {}
@@ -28,45 +30,64 @@ _remembered: dict[str, str] = {}
 def quickest(
     key: str,
     candidates: Sequence[Any],
-    run: Callable[[Any], Tensor],
+    run: Callable[[Any], Sequence[Tensor]],
     seconds: Callable[[Callable[[], object]], float] | None = None,
-) -> Any:
-    """The candidate that runs quickest, of those that give the first one's result.
+) -> Any | None:
+    """The candidate that runs quickest, of those that give the first one's results; None where
+    those are not finite, so that nothing can be compared.
 
-    key: all that the answer depends on. seconds: measures a call; None: with the GPU's clock.
+    key: all that the answer depends on. run: a candidate's results. seconds: measures a call;
+    None: with the GPU's clock.
     """
     by_name = {repr(candidate): candidate for candidate in candidates}
+    first = next(iter(by_name))
     key = f"{key} {sorted(by_name)} {_versions()}"
     name = _remembered.get(key) or _read().get(key)
     if name not in by_name:
-        wanted = run(candidates[0])
+        wanted = run(by_name[first])
+        if not all(tensor.isfinite().all() for tensor in wanted):
+            return None
         times = {}
         for name, candidate in by_name.items():
             try:
-                if _agrees(run(candidate), wanted):
+                if name == first or _agrees(run(candidate), wanted):
                     times[name] = (seconds or _on_gpu)(lambda c=candidate: run(c))  # type: ignore[misc]
-            except (RuntimeError, ValueError):
-                if candidate is candidates[0]:
+            except (RuntimeError, ValueError, _triton().TritonError):
+                if name == first:
                     raise
                 continue  # more registers or shared memory than this GPU has
-        name = min(times, key=times.__getitem__) if times else repr(candidates[0])
+        name = min(times, key=times.__getitem__)
         _write(key, name)
     _remembered[key] = name
     return by_name[name]
 
 
-def _agrees(found: Tensor, wanted: Tensor) -> bool:
-    scale = wanted.double().norm().item()
-    return bool((found.double() - wanted.double()).norm().item() <= AGREEMENT * scale)
+def _agrees(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
+    """Each tensor by itself; of one that is all but zero beside the others, little is asked."""
+    norms = [tensor.double().norm().item() for tensor in wanted]
+    return all(
+        (mine.double() - theirs.double()).norm().item()
+        <= AGREEMENT * max(norm, AGREEMENT * max(norms))
+        for mine, theirs, norm in zip(found, wanted, norms, strict=True)
+    )
 
 
 def _on_gpu(call: Callable[[], object]) -> float:
-    """Seconds, the median of several."""
+    """Seconds, the median of several. The call is captured, as it will be used: launching a small
+    kernel takes the host longer than it runs."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        call()
     times = []
     for _ in range(ROUNDS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(SLEEP)  # until then, all of this is there
         begin.record()
-        call()
+        graph.replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1e-3)
@@ -74,9 +95,12 @@ def _on_gpu(call: Callable[[], object]) -> float:
 
 
 def _versions() -> str:
-    import triton
+    return f"triton {_triton().__version__} torch {torch.__version__}"
 
-    return f"triton {triton.__version__} torch {torch.__version__}"
+
+def _triton() -> Any:
+    """Loaded when first wanted; its errors are not RuntimeErrors."""
+    return importlib.import_module("triton")
 
 
 def path() -> Path:
@@ -91,17 +115,31 @@ def path() -> Path:
 def _read() -> dict[str, str]:
     try:
         found = json.loads(path().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: the user has no home
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return {key: name for key, name in found.items() if isinstance(name, str)}
 
 
 def _write(key: str, name: str) -> None:
     """Another process may do the same: the file changes as a whole, or not."""
-    with contextlib.suppress(OSError):
-        path().parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError, RuntimeError):
+        place = path()
+        place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
-            "w", dir=path().parent, delete=False, encoding="utf-8"
+            "w", dir=place.parent, delete=False, encoding="utf-8"
         ) as file:
-            json.dump(_read() | {key: name}, file, indent=0)
-        os.replace(file.name, path())
+            try:
+                json.dump(_read() | {key: name}, file, indent=0)
+                file.close()
+                os.replace(file.name, place)
+            except OSError:
+                os.unlink(file.name)
+                raise
+
+
+def possible(x: Tensor) -> bool:
+    """Whether what runs on this tensor can be timed now. Where torch is asked for deterministic
+    algorithms it is not: the choice would differ from one machine to the next."""
+    return x.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
