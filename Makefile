@@ -11,6 +11,9 @@ DEMO := runs/demo
 SANITIZED := $(VENV)-sanitized
 SANITIZE_TESTS := tests/test_cpu.py tests/test_cpu_data.py tests/test_cpu_threads.py tests/test_operations_cpu.py \
     tests/test_adapt.py tests/test_rates.py tests/test_meta_gradient.py
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_TESTS := $(addprefix tests/test_,$(addsuffix .py,gpu triton triton_layers attend matmul operations_triton losses_triton \
+    graphs compiled_caller))
 # An installation is editable, so it is repeated only when the metadata or the C++ changes.
 INSTALLED_FROM := pyproject.toml constraints.txt $(shell find csrc -type f)
 
@@ -52,17 +55,19 @@ $(SANITIZED)/.installed: $(INSTALLED_FROM) $(VENV)/.installed-test
 # Compiled for three GPUs, of which none need be here; spills beyond those recorded, products that are not what was meant, and
 # too much shared memory are failures.
 kernels: $(VENV)/.installed-test ## Compile all Triton kernels for sm_90, sm_80 and gfx942 and look at their code
-	$(BIN)/python -m tests.compiled $(ARGS)
+	$(BIN)/python -m tests.compiled --target sm_90 --target sm_80 --target gfx942 $(ARGS)
 
 bench: $(VENV)/.installed-bench ## Run the benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Nine minutes at most, of which the benchmarks take what the tests leave.
-gpu: $(VENV)/.installed-test ## On a machine with a GPU: run the tests there, then the benchmarks with the peers
-	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch finds no GPU here")'
-	$(BIN)/python -m pytest -q tests/test_gpu.py tests/test_triton.py tests/test_triton_layers.py tests/test_attend.py \
-	    tests/test_matmul.py tests/test_operations_triton.py tests/test_losses_triton.py tests/test_compiled_caller.py
-	$(BIN)/python -m benchmarks --device cuda --minutes 5 $(ARGS)
+# Nine minutes at most, of which the benchmarks take what the tests leave. Nothing is installed or fetched: the environment is
+# taken if it is there, else PYTHON with what it has (pytest, rich, matplotlib, hypothesis; pytest-xdist to be quicker).
+gpu: ## On a machine with a GPU: run the tests of what runs there, then the benchmarks with the peers
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch finds no GPU here")'
+	@start=$$(date +%s); workers=$$($(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo "-n 8"); failed=0; \
+	$(GPU_PYTHON) -m pytest -q -p no:cacheprovider $$workers $(GPU_TESTS) || failed=1; \
+	$(GPU_PYTHON) -m benchmarks --device cuda --minutes $$(( (530 - $$(date +%s) + start) / 60 )) $(ARGS) || failed=1; \
+	exit $$failed
 
 lint: $(VENV)/.installed-dev ## Check style and types
 	$(BIN)/ruff check

@@ -172,7 +172,7 @@ def constants(network: Network, tiles: Tiles, precision: str) -> dict[str, Any]:
         ALL_ROWS=max(network.rows, network.query_rows) <= tiles.rows,
         ALL_OUTER=network.widest <= tiles.outer,
         TALL=tiles.tall,
-        CLASSES=1 if network.outputs == 1 else triton.next_power_of_2(padded(network.outputs)),
+        CLASSES=triton.next_power_of_2(padded(network.outputs)),
         PRECISION=precision,
     )
 

@@ -29,9 +29,10 @@ def forward(
     for first in tl.range(0, ROWS if ALL_ROWS else n, ROWS, num_stages=1):
         rows = first + tl.arange(0, ROWS)
         if O == 1:
-            acc = fold(a, in_stride, rows, n, w, I, INNER) + tl.load(b)
+            columns = tl.arange(0, 16)
+            acc = tl.load(b + columns)[None, :] + fold(a, in_stride, rows, n, w, I, INNER)
             _put_forward(
-                acc, rows, n, tl.arange(0, 1), O, y + out, z + out, out_stride, which,
+                acc, rows, n, columns, O, y + out, z + out, out_stride, which,
                 ACTIVATIONS, KEEPS_Z,
             )  # fmt: skip
         else:
@@ -77,7 +78,7 @@ def backward(
         if I == 1:
             acc = fold(d + out, out_stride, rows, n, w, O, INNER)
             _put_backward(
-                acc, rows, n, tl.arange(0, 1), y + below, d + below, z + below, dy + below,
+                acc, rows, n, tl.arange(0, 16), y + below, d + below, z + below, dy + below,
                 in_stride, which, ACTIVATIONS, CURVED,
             )  # fmt: skip
         else:
@@ -123,11 +124,11 @@ def tangent(
         rows = first + tl.arange(0, ROWS)
         if O == 1:
             acc = fold(a, in_stride, rows, n, lam_w, I, INNER)
-            acc = eta_w * acc + eta_b * tl.load(lam_b)
+            acc = eta_w * acc + (eta_b * tl.load(lam_b + tl.arange(0, 16)))[None, :]
             if not is_first:
                 acc += fold(t_y + below, in_stride, rows, n, w, I, INNER)
             _put_tangent(
-                acc, rows, n, tl.arange(0, 1), y + out, z + out, t_y + out, t_z + out,
+                acc, rows, n, tl.arange(0, 16), y + out, z + out, t_y + out, t_z + out,
                 out_stride, which, ACTIVATIONS, CURVED,
             )  # fmt: skip
         else:
@@ -182,7 +183,7 @@ def tangent_backward(
             acc = eta * fold(d + out, out_stride, rows, n, lam_w, O, INNER)
             acc += fold(t_d + out, out_stride, rows, n, w, O, INNER)
             _put_tangent_backward(
-                acc, rows, n, tl.arange(0, 1), y + below, z + below, dy + below, t_z + below,
+                acc, rows, n, tl.arange(0, 16), y + below, z + below, dy + below, t_z + below,
                 t_d + below, in_stride, which, ACTIVATIONS, CURVED,
             )  # fmt: skip
         else:

@@ -2,8 +2,7 @@
 
 Rows of features: X [n, width], weights W [O, I] as torch has them. Rows lie `stride` apart, a
 multiple of 16, and the columns up to it are there and zero. Where I or O is 1, W is a vector and
-every product with it a vector operation, never a padded product of tiles; a row of one feature has
-nothing worth reading behind it.
+every product with it a vector operation, never a padded product of tiles.
 """
 
 from __future__ import annotations
@@ -60,7 +59,8 @@ def times(
 
 @triton.jit
 def fold(x, x_stride, rows, row_count, w, width, INNER: tl.constexpr):
-    """X w [rows, 1], with X [n, width] and a vector w."""
+    """X w, with X [n, width] and a vector w: [rows, 16], of which the first column counts and the
+    others are zero."""
     sums = tl.zeros([rows.shape[0]], tl.float32)
     if width == 1:
         x_column = tl.load(x + rows * x_stride, mask=rows < row_count, other=0.0)
@@ -70,7 +70,7 @@ def fold(x, x_stride, rows, row_count, w, width, INNER: tl.constexpr):
             inner = first + tl.arange(0, INNER)
             w_row = tl.load(w + inner, mask=inner < width, other=0.0)
             sums += tl.sum(row_tile(x, rows, row_count, inner, x_stride) * w_row[None, :], 1)
-    return sums[:, None]
+    return sums[:, None] * tl.where(tl.arange(0, 16) == 0, 1.0, 0.0)[None, :]
 
 
 @triton.jit

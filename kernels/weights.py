@@ -29,7 +29,8 @@ def descend(
     for first_out in tl.range(0, OUTER if ALL_OUTER else O, OUTER, num_stages=1):
         outs = first_out + tl.arange(0, OUTER)
         mask = outs < out_stride
-        bias = tl.load(weights + b_at + outs, mask=mask & is_step, other=0.0)
+        was = outs < tl.where(is_step, out_stride, 0)
+        bias = tl.load(weights + b_at + outs, mask=was, other=0.0)
         bias -= eta_b * row_sums(d, out_stride, outs, n, ROWS, ALL_ROWS)
         tl.store(target + b_at + outs, bias, mask=mask)
     if (I == 1) | (O == 1):
@@ -37,7 +38,8 @@ def descend(
             columns = first + tl.arange(0, OUTER)
             found = outer_vector(d, out_stride, a, in_stride, columns, n, I, ROWS, ALL_ROWS)
             mask = columns < I * O
-            before = tl.load(weights + w_at + columns, mask=mask & is_step, other=0.0)
+            was = columns < tl.where(is_step, I * O, 0)
+            before = tl.load(weights + w_at + columns, mask=was, other=0.0)
             tl.store(target + w_at + columns, before - eta_w * found, mask=mask)
     else:
         for first_out in tl.range(0, O, TALL, num_stages=1):

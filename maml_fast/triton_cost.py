@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from maml_fast.cost import Cost, LayerUse, cost_of
+from maml_fast.cost import LayerUse, cost_of
 
 CALL = 170  # instructions of a warp around the tiles of a layer in one pass
 TILE = 5.0  # and for each number of a thread's in a tile of the result
@@ -23,6 +23,7 @@ STALL = 3.0  # * cycles that a lone warp takes for an instruction
 ISSUE = 4  # instructions a cycle of a multiprocessor
 WARPS = 8  # at 255 registers a thread that a multiprocessor holds
 FLOPS, SMALL_FLOPS = 60e12, 15e12  # * a second, of large products and of small ones
+LARGE_ROWS = 256  # * from which on a product is large
 BYTES = 3e12  # * a second
 LAUNCH = 3e-6  # * seconds of a small kernel in a graph
 PASSES = 2.5  # * times that rows of activations go to memory and back in a pass
@@ -78,16 +79,19 @@ def layers_seconds(uses: Sequence[LayerUse], forms: Sequence[str], tasks: int) -
     """Of a meta-step by layer kernels."""
     seconds = 0.0
     for use, form in zip(uses, forms, strict=True):
-        seconds += tasks * device_seconds(cost_of(use, form, 4))
+        seconds += tasks * device_seconds(use, form)
         passes = 2 * (use.inner_steps + 1) + (0 if use.first_order else 2 * use.inner_steps)
         rows = max(use.rows, use.query_rows) * (use.in_features + use.out_features)
-        seconds += passes * (3 * LAUNCH + tasks * PASSES * rows * 4 / BYTES)
+        seconds += passes * (2 * LAUNCH + tasks * PASSES * rows * 4 / BYTES)
     return seconds
 
 
-def device_seconds(cost: Cost) -> float:
-    """Of one task's linear layer among many."""
-    return cost.shared_flops / FLOPS + cost.small_flops / SMALL_FLOPS + cost.weight_bytes / BYTES
+def device_seconds(use: LayerUse, form: str) -> float:
+    """Of one task's linear layer among many. Of many rows, a task's own product is a large one."""
+    cost = cost_of(use, form, 4)
+    share = min(1.0, use.rows / LARGE_ROWS) if form == "dense" else 0.0
+    small = SMALL_FLOPS + share * (FLOPS - SMALL_FLOPS)
+    return cost.shared_flops / FLOPS + cost.small_flops / small + cost.weight_bytes / BYTES
 
 
 def choose_form(use: LayerUse, fast_weights: str) -> str:
@@ -98,4 +102,4 @@ def choose_form(use: LayerUse, fast_weights: str) -> str:
         # A Gram block of so thin a layer costs many times the layer.
         return "dense"
     forms = ("factored", "dense")
-    return min(forms, key=lambda form: device_seconds(cost_of(use, form, 4)))
+    return min(forms, key=lambda form: device_seconds(use, form))

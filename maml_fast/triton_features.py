@@ -20,6 +20,11 @@ def installed() -> bool:
 @functools.cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, which is settled when they are first loaded."""
+    return asked_to_interpret() and not loaded_too_early()
+
+
+def asked_to_interpret() -> bool:
+    """Whether the environment asks for the interpreter."""
     if not installed() or not os.environ.get(INTERPRETER):
         return False
     import triton
@@ -27,14 +32,27 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def loaded_too_early() -> bool:
+    """Whether Triton was loaded before it was asked to interpret, and so cannot."""
+    import triton
+    import triton.language as tl
+
+    return isinstance(tl.sum, triton.JITFunction)
+
+
 def why_unavailable() -> str:
     """Why backend "triton" can run nothing here and what to do about it; empty if it can."""
     if not installed():
         return "the package triton is not installed (it comes with torch on Linux)"
     if not torch.cuda.is_available() and not interpreted():
+        if asked_to_interpret():
+            return (
+                f"there is no GPU, and {INTERPRETER}=1 came too late: set it before torch or "
+                "maml_fast is imported"
+            )
         return (
             "there is no GPU; to try its kernels on the CPU, slowly, set the environment variable "
-            f"{INTERPRETER}=1 before the first call, or take 'cpu' or 'torch'"
+            f"{INTERPRETER}=1 before torch or maml_fast is imported, or take 'cpu' or 'torch'"
         )
     return ""
 

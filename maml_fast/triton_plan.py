@@ -159,9 +159,15 @@ def _fused(
 
 def candidates(network: Any) -> list[Any]:
     """The tiles worth trying, all of which the tests compare with float64 on a GPU."""
-    tiles = importlib.import_module("maml_fast.kernels.fused_program").Tiles
+    kind = importlib.import_module("maml_fast.kernels.fused_program").Tiles
     rows = 32 if min(network.rows, network.query_rows) > 64 else 16
-    return [tiles(rows, *rest) for rest in TILES]
+    found = [kind(rows, *rest) for rest in TILES]
+    # One warp has no registers for more rows, or for wide tiles in several columns.
+    return [
+        tiles
+        for tiles in found
+        if tiles.num_warps > 1 or (rows == 16 and (tiles.outer < 64 or network.widest <= 64))
+    ]
 
 
 def programs_for(tiles: Any, scratch_bytes: int, tasks: int, device: Any) -> int:

@@ -1,14 +1,21 @@
 """A strict session: fresh buffers are NaN, so that a store left out turns a comparison red."""
 
+import importlib.util
 import itertools
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before anything loads Triton's kernels
+if not torch.cuda.is_available():  # before Triton is loaded, which maml_fast does
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products
+
+import maml_fast
+
+if not importlib.util.find_spec("maml_fast.kernels"):  # a checkout that is not installed
+    maml_fast.__path__.append(str(Path(__file__).parents[1]))
 
 from maml_fast import cpu_cost, cpu_features
 from tests.engines import ENGINES, LAYOUTS

@@ -191,6 +191,7 @@ def test_a_model_that_is_none():
 def test_triton_without_what_it_needs(monkeypatch, has_triton, words):
     monkeypatch.setattr(triton_features, "installed", lambda: has_triton)
     monkeypatch.setattr(triton_features, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_features, "asked_to_interpret", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UnavailableBackendError, match=f"'triton'.*{words}"):
         call(good(), "triton")

@@ -13,7 +13,6 @@ from tests.networks import assert_close, gradients
 SIZES = (3, 6, 2)
 # The compilers in Python: what torch.compile makes of the rest is not what is tested.
 BACKENDS = ["eager", "aot_eager"]
-WARNING = "ignore:.*torch.compile.*|.*pin_memory.*|.*deprecated.*"
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +118,29 @@ def test_the_operation_is_a_good_one(case):
         (maml.inputs(), *batch, maml._number, maml.inner_steps, True),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_inductor_takes_what_the_operation_gives(draw):
+    """Its code relies on the strides that the fake results had."""
+    model, batch = draw.mlp(SIZES), draw.batch("mse", 3, 4, 5, SIZES)
+    model[0].weight = nn.Parameter(model[0].weight.detach().t().contiguous().t())
+    assert not model[0].weight.is_contiguous()
+    maml = MAML(model, "mse", 0.2, 2, backend="torch")
+    wanted = {n: g.clone() for n, g in gradients(maml, batch).items()}
+
+    @torch.compile(fullgraph=True)
+    def doubled(*batch):
+        out = maml(*batch)
+        return out.loss * 2, out.query_outputs + 1, out.support_losses * 3
+
+    for steps in (2, 1):  # what changes on the module is noticed
+        maml.inner_steps = steps
+        maml.zero_grad()
+        loss, outputs, support_losses = doubled(*batch)
+        loss.backward()
+        assert outputs.shape == (3, 5, 2)
+        assert support_losses.shape == (3, steps)
+        found = {n: p.grad / 2 for n, p in maml.model.named_parameters()}
+        if steps == 2:
+            assert_close(found, wanted, 1e-12)

@@ -340,3 +340,16 @@ def test_auto_leaves_the_cpu_backend_where_an_operation_has_no_cpp(draw, monkeyp
     plan = MAML(model, "cross_entropy").plan(batch.support_x, batch.query_x)
     assert plan.backend == "torch"
     assert "cpu cannot: layer '1' (tanh)" in str(plan)
+
+
+def test_bytes_that_must_move(draw):
+    """The data once; and dense weights of each task's own, where they are in memory."""
+    model, x, q = draw.mlp((IN, 5, OUT)), draw.normal(3, 4, IN), draw.normal(3, 7, IN)
+    data = 3 * (4 + 7) * IN * 8
+    options = dict(inner_steps=2, backend="torch")
+    factored = MAML(model, fast_weights="factored", **options).plan(x, q)
+    assert factored.bytes == data
+    dense = MAML(model, fast_weights="dense", **options).plan(x, q)
+    weights = sum(layer.cost.weight_bytes for layer in dense.layers if layer.cost)
+    assert dense.bytes == data + 3 * weights > data
+    assert MAML(model, backend="reference").plan(x, q).bytes == 0

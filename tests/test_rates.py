@@ -182,3 +182,11 @@ def test_rates_that_do_not_fit_the_call(model, batch):
         rate.fill_(float("nan"))
     with pytest.raises(ValueError, match="inner_lr.*nan.*finite"):
         maml(*batch)
+
+
+def test_a_rate_that_learns_for_a_parameter_that_does_not(options, model, batch):
+    names = [name for name, _ in model.named_parameters()]
+    rates = dict.fromkeys(names, 0.2) | {names[0]: nn.Parameter(torch.tensor(0.1, **double))}
+    model.get_parameter(names[0]).requires_grad_(False)
+    gradients(MAML(model, inner_lr=rates, **options), batch)
+    assert rates[names[0]].grad.item() == 0
