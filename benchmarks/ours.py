@@ -27,6 +27,8 @@ class OurBackend(Implementation):
         self.turn = 2 if backend == "functional" else 0
 
     def cannot(self, problem: Problem) -> str | None:
+        if self.backend == "triton" and not problem.episodes.support_x.is_cuda:
+            return "needs a GPU"  # its interpreter is nothing to measure
         try:
             self._plan(problem)
         except (UnavailableBackendError, UnsupportedModelError) as error:
