@@ -27,7 +27,7 @@ class OurBackend(Implementation):
         self.turn = 2 if backend == "functional" else 0
 
     def cannot(self, problem: Problem) -> str | None:
-        if self.backend == "triton" and not problem.episodes.support_x.is_cuda:
+        if self.backend == "triton" and problem.episodes.support_x.device.type != "cuda":
             return "needs a GPU"  # its interpreter is nothing to measure
         try:
             self._plan(problem)

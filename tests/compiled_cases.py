@@ -69,12 +69,12 @@ def _fused() -> list[Launch]:
 
     found = []
     for case in CASES:
-        plan = _plan(case).triton
-        if plan.kernels != "fused":
+        plan = _plan(case)
+        if plan.triton.kernels != "fused":
             continue
-        network = _fused_network(case)
-        pairs = [(tiles, plan.precision) for tiles in triton_plan.candidates(network)]
-        pairs += [(plan.tiles, precision) for precision in triton_plan.PRECISIONS.values()]
+        network = _fused_network(plan, case)
+        pairs = [(tiles, plan.triton.precision) for tiles in triton_plan.candidates(network)]
+        pairs += [(plan.triton.tiles, precision) for precision in triton_plan.PRECISIONS.values()]
         for tiles, precision in pairs:
             cut = f"{tiles.rows}x{tiles.inner}x{tiles.outer}x{tiles.tall}-{tiles.num_warps}"
             name = f"{case.network.name} {cut} {precision}"
@@ -82,16 +82,14 @@ def _fused() -> list[Launch]:
     return found
 
 
-def _fused_network(case: Case) -> Network:
-    """What the fused kernel runs for the case."""
+def _fused_network(plan: Plan, case: Case) -> Network:
+    """What the fused kernel runs."""
     from maml_fast import triton_plan
     from maml_fast.layers import Variant
 
-    adapting = tuple(name for name, _ in case.network.build().named_parameters())
-    variant = Variant(
-        case.network.loss, case.S, case.N, case.M, False, True, False, adapting, frozenset()
-    )
-    return triton_plan.network_of(_plan(case).layers, variant, {}, 0)
+    adapting = [name for name, _ in case.network.build().named_parameters()]
+    variant = Variant.planned(plan.asked, plan.shapes, adapting)
+    return triton_plan.network_of(plan.layers, variant, {}, 0)
 
 
 def _plan(case: Case) -> Plan:

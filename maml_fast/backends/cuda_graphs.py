@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -72,8 +73,14 @@ class Graphs:
                 return None
             try:
                 captured = Captured(batch, launch)
-            except RuntimeError:  # no memory, or something that cannot be captured
+            except RuntimeError as error:  # no memory, or something that cannot be captured
                 self.allowed = False
+                warnings.warn(
+                    "a meta-step could not be captured as a CUDA graph and is launched kernel by "
+                    f"kernel from now on: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
                 return None
             captured.alive = reads()
         self._captured[key] = captured  # the latest last

@@ -63,7 +63,9 @@ class LayersStep(PreparedStep):
         return self._rates
 
     def launch(self, problem: Problem, batch: TaskBatch) -> Results:
-        return self._launch(problem, batch, self.engine)
+        outcome = self._drive(problem, batch, self.engine)
+        numbers = torch.cat([part.flatten() for part in self._parts(outcome)])
+        return Results(numbers, outcome.query_outputs, numbers.sum())
 
     def tune(self, problem: Problem, batch: TaskBatch) -> bool:
         """Which products with shared weights are quicker, torch's or the Triton kernel's."""
@@ -88,11 +90,6 @@ class LayersStep(PreparedStep):
         found = tuning.quickest(key, ["torch", "triton"], run)
         self.engine = found or self.engine
         return found is not None
-
-    def _launch(self, problem: Problem, batch: TaskBatch, engine: str) -> Results:
-        outcome = self._drive(problem, batch, engine)
-        numbers = torch.cat([part.flatten() for part in self._parts(outcome)])
-        return Results(numbers, outcome.query_outputs, numbers.sum())
 
     def _drive(self, problem: Problem, batch: TaskBatch, engine: str) -> Outcome:
         """engine: of products with shared weights, torch's or a Triton kernel."""
