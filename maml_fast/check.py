@@ -17,6 +17,7 @@ from maml_fast.verify import in_float64
 SINGLE_BOUND = 1e-6
 RATE_BOUND = 5e-6  # inner products cancel
 FLOAT64_BOUND = 1e-10
+VANISHING = 1e-12  # of all gradients' norm: rounding, in float64
 GRADIENT, RATES = "gradient of ", "rates of "
 
 
@@ -68,9 +69,10 @@ def check(
     The data are those of `MAML.forward`. In float64 a tensor passes with an error of at most
     1e-10, in other dtypes with at most twice that of autograd in the same dtype, or 1e-6 (rates:
     5e-6) times the tensor's cancellation: the sum of the tasks' norms over the norm of their sum,
-    by which any program's rounding grows. Gradients in `.grad` are not touched. Raises as
-    `MAML.forward` does. ReLU masks of pre-activations within rounding of 0 may flip between two
-    correct programs and show as 1e-5 to 1e-3.
+    by which any program's rounding grows. A gradient that vanishes, as that of a bias that a norm
+    takes away again, is judged by the norm of all gradients. Gradients in `.grad` are not touched.
+    Raises as `MAML.forward` does. ReLU masks of pre-activations within rounding of 0 may flip
+    between two correct programs and show as 1e-5 to 1e-3.
     """
     batch = TaskBatch(support_x, support_y, query_x, query_y)
     planned, problem = maml._prepare(batch, maml.inner_steps)
@@ -85,9 +87,13 @@ def check(
     exact, cancellation = _summed([_tensors(outcome) for outcome in by_task])
     single = support_x.dtype != torch.float64
     found = []
-    scale = _rate_scale(exact)
+    scale, rate_scale = _scale(exact, GRADIENT), _scale(exact, RATES)
     for name, wanted in exact.items():
-        least, floor = (scale, RATE_BOUND) if name.startswith(RATES) else (0.0, SINGLE_BOUND)
+        if name.startswith(RATES):
+            least, floor = rate_scale, RATE_BOUND
+        else:
+            vanishes = name.startswith(GRADIENT) and wanted.norm() <= VANISHING * scale
+            least, floor = scale if vanishes else 0.0, SINGLE_BOUND
         error, own = (
             _relative(_tensors(outcome)[name], wanted, least) for outcome in (ours, autograd)
         )
@@ -123,9 +129,10 @@ def _tensors(outcome: Outcome) -> dict[str, Tensor]:
     }
 
 
-def _rate_scale(exact: dict[str, Tensor]) -> float:
-    """A rate's gradient is one inner product, and may cancel to nothing: judge it beside all."""
-    gradients = [tensor for name, tensor in exact.items() if name.startswith(RATES)]
+def _scale(exact: dict[str, Tensor], kind: str) -> float:
+    """The norm of all gradients of a kind. A rate's is one inner product, and may cancel to
+    nothing: it is judged beside all."""
+    gradients = [tensor.flatten() for name, tensor in exact.items() if name.startswith(kind)]
     return torch.cat(gradients).norm().item() if gradients else 0.0
 
 

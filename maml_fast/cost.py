@@ -1,4 +1,4 @@
-"""What a linear layer's fast weights cost in each form: FLOPs, bytes, and which form to take."""
+"""What a layer's fast weights cost in each form: FLOPs, bytes, and which form to take."""
 
 from __future__ import annotations
 
@@ -36,7 +36,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class LayerUse:
-    """What a linear layer goes through in one task's meta-step."""
+    """What a linear layer goes through in one task's meta-step.
+
+    Of a convolution, a row is a position of its result: in_features are kernel^2 * C, and rows the
+    positions of all images.
+    """
 
     in_features: int
     out_features: int
@@ -45,6 +49,7 @@ class LayerUse:
     inner_steps: int
     first_order: bool
     first: bool  # the first layer that adapts: its input is the data, and no cotangent leaves it
+    factors: bool = True  # whether its fast weights can be factored; a convolution's are dense
 
     @property
     def area(self) -> int:
@@ -54,7 +59,7 @@ class LayerUse:
 def choose_form(use: LayerUse, fast_weights: str, itemsize: int) -> tuple[str, Cost]:
     """The form of a layer's fast weights, "factored" or "dense", and its cost."""
     costs = {"factored": factored_cost(use), "dense": dense_cost(use, itemsize)}
-    form = fast_weights
+    form = fast_weights if use.factors else "dense"
     if form == "auto":
         # A Gram block of so thin a layer costs many times the layer.
         thin = use.in_features <= 4 or use.out_features <= 8

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from maml_fast.errors import UnsupportedModelError
+from maml_fast.norm_calls import OwnStatistics
 from maml_fast.problem import Loss, TaskBatch
 
 NAMES = TaskBatch._fields
@@ -97,13 +99,17 @@ def check_query(query_x: Tensor, support_x: Tensor) -> None:
 def probe(model: nn.Module, name: str, x: Tensor) -> Tensor:
     """The model's prediction for one task's rows, [N, ...] -> [N, ...], on copies of its buffers.
 
-    Raises ValueError or TypeError naming `name` where the model cannot take these rows.
+    Raises ValueError or TypeError naming `name` where the model cannot take these rows, and
+    UnsupportedModelError where it calls a norm that reads running statistics.
     """
     state = {key: value.detach().clone() for key, value in model.named_buffers()}
     devices = [x.device] if x.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         try:
-            output = functional_call(model, state, (x.clone(),))  # in-place layers write to it
+            with OwnStatistics():
+                output = functional_call(model, state, (x.clone(),))  # in-place layers write to it
+        except UnsupportedModelError:
+            raise
         except Exception as error:  # the model's own code: anything may come
             kind = TypeError if not x.is_floating_point() else ValueError
             raise kind(

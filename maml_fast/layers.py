@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,17 @@ from torch import nn
 
 from maml_fast.cost import Cost, LayerUse
 from maml_fast.losses import LOSSES
-from maml_fast.ops import Features, Linear, MergeRows, SplitRows
+from maml_fast.ops import (
+    BatchNorm,
+    Conv2d,
+    Features,
+    Flatten,
+    Linear,
+    MergeRows,
+    Reshape,
+    SplitRows,
+    Weighted,
+)
 from maml_fast.problem import Problem, TaskBatch
 from maml_fast.trace import Link, trace
 
@@ -123,33 +133,63 @@ def plan_layers(
             after = link.op.out_features(features)
         except ValueError as reason:
             return [], [f"layer '{link.name}' ({link.op}): {reason}"]
-        if not isinstance(link.op, Linear):
+        if not isinstance(link.op, Weighted):
             layers.append(LayerPlan(link, features, 1, prelude, ""))
             features = after
             continue
-        adapts = link.op.weight in adapting or link.op.bias in adapting
-        positions = math.prod(features[:-1])
-        form, use = "shared", None
-        before = prelude
-        if adapts:
-            form = ""  # chosen later, by backend
-            use = LayerUse(
-                link.op.in_features,
-                link.op.out_features_,
-                shapes.support[0] * positions,
-                shapes.query[0] * positions,
-                asked.inner_steps,
-                asked.first_order,
-                first=prelude,
-            )
-            prelude = False
-        plan = LayerPlan(link, features, positions, prelude, form, use=use)
-        if len(features) > 1:
+        adapts = not set(link.op.parameters).isdisjoint(adapting)
+        before, prelude = prelude, prelude and not adapts
+        plan = _plan_weighted(link, features, adapts, before, asked, shapes)
+        if isinstance(link.op, Linear) and len(features) > 1:
             merge, split = Link(link.name, MergeRows()), Link(link.name, SplitRows(features[:-1]))
             layers.append(LayerPlan(merge, features, 1, before, ""))
             layers.append(plan)
-            layers.append(LayerPlan(split, after[-1:], positions, prelude, ""))
+            layers.append(LayerPlan(split, after[-1:], plan.positions, prelude, ""))
         else:
             layers.append(plan)
         features = after
     return layers, []
+
+
+def centred_by(layers: Sequence[LayerPlan]) -> str:
+    """The name of a batch norm that takes away what all rows of a task's data have in common, as it
+    comes next to a linear layer that takes the data; "" if there is none.
+
+    Such data may be handed over less their mean over the rows: nothing else changes, for cotangents
+    behind a batch norm add up to 0 over the rows, and D^T (A - mean) = D^T A. It matters where the
+    mean is large beside the rest, as of images: the digits that go into it, in weights' Gram blocks
+    above all, are lost to what the norm leaves.
+    """
+    flat = [layer for layer in layers if not isinstance(layer.link.op, (Flatten, Reshape))]
+    if len(flat) < 2 or not isinstance(flat[0].link.op, Linear):
+        return ""
+    return flat[1].link.name if isinstance(flat[1].link.op, BatchNorm) else ""
+
+
+def _plan_weighted(
+    link: Link, features: Features, adapts: bool, before: bool, asked: Asked, shapes: Shapes
+) -> LayerPlan:
+    """A layer with parameters; `before`: nothing below it adapts.
+
+    The form of a linear layer that adapts is chosen later, by backend; others' are dense.
+    """
+    op = link.op
+    if isinstance(op, Linear):
+        sizes, positions = (op.in_features, op.out_features_), math.prod(features[:-1])
+    elif isinstance(op, Conv2d):
+        sizes = op.in_channels * op.kernel**2, op.out_channels
+        positions = math.prod(op.out_features(features)[1:])
+    else:
+        return LayerPlan(link, features, 1, before and not adapts, "dense" if adapts else "shared")
+    if not adapts:
+        return LayerPlan(link, features, positions, before, "shared")
+    use = LayerUse(
+        *sizes,
+        shapes.support[0] * positions,
+        shapes.query[0] * positions,
+        asked.inner_steps,
+        asked.first_order,
+        first=before,
+        factors=isinstance(op, Linear),
+    )
+    return LayerPlan(link, features, positions, False, "", use=use)

@@ -6,9 +6,7 @@ T tasks, N support rows, M query rows, S inner steps.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -25,8 +23,9 @@ from maml_fast.plan import BACKENDS, FAST_WEIGHTS, Plan
 from maml_fast.planner import Planned, Planner
 from maml_fast.problem import AdaptedTasks, FlatGradients, Loss, Outcome, Problem, TaskBatch
 from maml_fast.rates import InnerRates, Rate
+from maml_fast.refusals import check_statistics
+from maml_fast.signature import signature
 from maml_fast.surroundings import plain, recordable, using
-from maml_fast.trace import signature
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 
@@ -57,19 +56,22 @@ class AdaptedModels:
         self,
         support_x: Tensor,
         adapted: AdaptedTasks,
-        using: Callable[[], AbstractContextManager[None]],
+        model: nn.Module,
+        plan: Plan,
     ) -> None:
         self._row = support_x[:, :1].clone()  # [T, 1, ...]: what a query is compared with
-        self._adapted, self._using = adapted, using
+        self._adapted, self._model, self._plan = adapted, model, plan
         self.support_losses = adapted.support_losses
 
     def __call__(self, query_x: Tensor) -> Tensor:
         """Predictions [T, M, ...] of each task's model for its rows query_x [T, M, ...].
 
-        Raises ValueError or TypeError if query_x has other tasks or features than support_x.
+        Raises ValueError or TypeError if query_x has other tasks or features than support_x, and
+        UnsupportedModelError where the model has since come to norms by running statistics.
         """
         check_query(query_x, self._row)
-        with self._using(), plain(query_x.device):
+        check_statistics(self._model)
+        with using(self._model, self._plan), plain(query_x.device):
             return self._adapted.predict(recordable(query_x))
 
     def parameters(self) -> dict[str, Tensor]:
@@ -97,8 +99,11 @@ class MAML(nn.Module):
     cuda_graphs: whether backend "triton" may keep a meta-step as a CUDA graph once it comes again
         with data of the same shapes, and replay it from then on.
 
-    Computes in the dtype of the model, under `torch.autocast` too. Batch norm uses whatever the
-    module's mode says for the rows of one task at a time; running statistics are never updated.
+    Computes in the dtype of the model, under `torch.autocast` too. Batch norm
+    takes the statistics of the rows of one task at a time, support and query each by theirs
+    (transductive), as in Finn et al. 2017; running statistics are neither read nor updated. eval()
+    changes nothing for a norm without them; one that has them would read them in eval(), and is
+    refused with an UnsupportedModelError.
     Raises TypeError or ValueError naming the argument. Source: Finn et al. 2017, algorithm 1.
     """
 
@@ -289,7 +294,7 @@ class MAML(nn.Module):
             problem = dataclasses.replace(problem, parameters=own)
             adapted = meta_step.adapt(plan, problem, x.clone(), y)
         check_losses(adapted.support_losses)
-        return AdaptedModels(x, adapted, functools.partial(using, self.model, plan))
+        return AdaptedModels(x, adapted, self.model, plan)
 
     def plan(self, support_x: Tensor, query_x: Tensor) -> Plan:
         """What would run for data of these shapes, [T, N, ...] and [T, M, ...]; printable."""

@@ -19,6 +19,9 @@ def run(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outco
     """A whole meta-step, `plan.chunk_size` tasks a pass; sums over tasks are taken in order."""
     outcomes: list[Outcome] = []
     for chunk in batch.chunks(plan.chunk_size):
+        if plan.centred_by:
+            support_x, query_x = _centred(chunk.support_x), _centred(chunk.query_x)
+            chunk = chunk._replace(support_x=support_x, query_x=query_x)
         outcome = _run_pass(plan, problem, chunk, gradient)
         if gradient and outcomes:
             _accumulate(outcomes[0], outcome)
@@ -34,6 +37,29 @@ def run(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outco
 
 def adapt(plan: Plan, problem: Problem, support_x: Tensor, support_y: Tensor) -> AdaptedTasks:
     """The inner loop alone: the adapted models of all tasks."""
+    if plan.centred_by:
+        support_x = _centred(support_x)
+        return _Centred(_adapt(plan, problem, support_x, support_y))
+    return _adapt(plan, problem, support_x, support_y)
+
+
+class _Centred:
+    """Adapted models that get their data less the mean over a task's rows."""
+
+    def __init__(self, adapted: AdaptedTasks) -> None:
+        self._adapted, self.support_losses = adapted, adapted.support_losses
+        self.parameters = adapted.parameters
+
+    def predict(self, query_x: Tensor) -> Tensor:
+        return self._adapted.predict(_centred(query_x))
+
+
+def _centred(x: Tensor) -> Tensor:
+    """Rows [T, N, ...] less their mean over N."""
+    return x - x.mean(1, keepdim=True)
+
+
+def _adapt(plan: Plan, problem: Problem, support_x: Tensor, support_y: Tensor) -> AdaptedTasks:
     if plan.backend == "reference":
         return reference.AdaptedByReference(problem, support_x, support_y)
     if plan.backend == "cpu":

@@ -45,8 +45,7 @@ def sinusoid_mlp(
     Raises:
         ValueError: naming the argument, what was found and what is wanted.
     """
-    if any(not isinstance(size, int) or size < 1 for size in hidden):
-        raise ValueError(f"hidden is {tuple(hidden)}; wanted are sizes of at least 1")
+    _check_hidden(hidden)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; wanted is one of {list(ACTIVATIONS)}")
     sizes = [1, *hidden, 1]
@@ -64,3 +63,153 @@ def sinusoid_mlp(
         else:
             nn.init.trunc_normal_(parameter, 0.0, std, -2 * std, 2 * std, generator=generator)
     return model.to(device)
+
+
+def omniglot_conv4(
+    ways: int = 5,
+    filters: int = 64,
+    *,
+    pooling: bool = False,
+    scale: bool = False,
+    channels: int = 1,
+    image_size: int = 28,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> nn.Sequential:
+    """The convolutional Omniglot network of Finn et al. 2017, after Vinyals et al. 2016.
+
+    Four times: 3x3 convolution, batch norm of the task's own rows, ReLU. Convolutions have stride 2
+    and the mean over positions comes last; with `pooling`, stride 1 and 2x2 max pooling, and the
+    positions are flattened, as Vinyals et al. have it. Convolutions are drawn from Glorot's uniform
+    distribution and the last layer from a normal of standard deviation 1 (Glorot's with `pooling`),
+    as in the paper's code; biases are 0.
+
+    Args:
+        ways: classes.
+        filters: channels of each convolution.
+        scale: whether gamma of batch norm is learned too; in the paper it is beta alone.
+        channels, image_size: of the images, which are square.
+        seed: of a generator of its own; the same seed gives the same bits on every device.
+
+    Returns:
+        A module from [rows, channels, image_size, image_size] to [rows, ways].
+
+    Raises:
+        ValueError: naming the argument, what was found and what is wanted.
+    """
+    _check_sizes(ways=ways, filters=filters, channels=channels, image_size=image_size)
+    layers: list[nn.Module] = []
+    size = image_size
+    for inputs in (channels, filters, filters, filters):
+        stride = 1 if pooling else 2
+        conv = nn.utils.skip_init(
+            nn.Conv2d, inputs, filters, 3, stride=stride, padding=1, dtype=dtype
+        )
+        layers += [conv, _batch_norm(nn.BatchNorm2d, filters, scale, dtype), nn.ReLU()]
+        if pooling:
+            layers.append(nn.MaxPool2d(2))
+        size = size // 2 if pooling else (size + 1) // 2
+    if size < 1:
+        raise ValueError(f"image_size is {image_size}; four poolings want at least 16")
+    layers += [nn.Flatten()] if pooling else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    features = filters * size * size if pooling else filters
+    layers.append(nn.utils.skip_init(nn.Linear, features, ways, dtype=dtype))
+    model = nn.Sequential(*layers)
+    generator = torch.Generator().manual_seed(seed)
+    for module in model:
+        if isinstance(module, nn.Conv2d) or (pooling and isinstance(module, nn.Linear)):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, generator=generator)
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    return model.to(device)
+
+
+def miniimagenet_conv4(
+    ways: int = 5,
+    filters: int = 32,
+    *,
+    scale: bool = False,
+    channels: int = 3,
+    image_size: int = 84,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> nn.Sequential:
+    """The miniImageNet network of Finn et al. 2017, after Ravi and Larochelle 2017: the pooled form
+    of `omniglot_conv4`, whose arguments it shares, with 32 filters on colour images of 84x84.
+    """
+    return omniglot_conv4(
+        ways,
+        filters,
+        pooling=True,
+        scale=scale,
+        channels=channels,
+        image_size=image_size,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def omniglot_mlp(
+    ways: int = 5,
+    hidden: Sequence[int] = (256, 128, 64, 64),
+    *,
+    scale: bool = False,
+    channels: int = 1,
+    image_size: int = 28,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> nn.Sequential:
+    """The fully connected Omniglot network of Finn et al. 2017, after Santoro et al. 2016.
+
+    Hidden layers of 256, 128, 64 and 64, each with batch norm of the task's own rows and ReLU.
+    Weights are drawn as those of `sinusoid_mlp`, from a truncated normal of standard deviation
+    0.01; biases are 0. Arguments, result and errors are those of `omniglot_conv4`.
+    """
+    _check_sizes(ways=ways, channels=channels, image_size=image_size)
+    _check_hidden(hidden)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise([channels * image_size**2, *hidden]):
+        layers.append(nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=dtype))
+        layers += [_batch_norm(nn.BatchNorm1d, outputs, scale, dtype), nn.ReLU()]
+    inputs = hidden[-1] if hidden else channels * image_size**2
+    layers.append(nn.utils.skip_init(nn.Linear, inputs, ways, dtype=dtype))
+    model = nn.Sequential(*layers)
+    generator = torch.Generator().manual_seed(seed)
+    for module in model:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, 0.0, 0.01, -0.02, 0.02, generator=generator)
+            nn.init.zeros_(module.bias)
+    return model.to(device)
+
+
+def _batch_norm(
+    kind: type[nn.BatchNorm1d] | type[nn.BatchNorm2d],
+    features: int,
+    scale: bool,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """Batch norm as the paper's code has it: beta, gamma fixed at 1 unless `scale`, epsilon 0.001.
+
+    Without any gamma, torch cannot differentiate batch norm twice.
+    """
+    norm = kind(features, eps=1e-3, track_running_stats=False, dtype=dtype)
+    if not scale:
+        norm.weight.requires_grad_(False)
+    return norm
+
+
+def _check_hidden(hidden: Sequence[int]) -> None:
+    if any(not isinstance(size, int) or size < 1 for size in hidden):
+        raise ValueError(f"hidden is {tuple(hidden)}; wanted are sizes of at least 1")
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} is {size!r}; wanted is a whole number of at least 1")

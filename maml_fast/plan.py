@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from maml_fast import cpu_features, cpu_plan, triton_features, triton_plan
 from maml_fast.cost import choose_form
 from maml_fast.errors import UnavailableBackendError, UnsupportedModelError
-from maml_fast.layers import Asked, LayerPlan, Shapes, plan_layers
-from maml_fast.ops import Linear
-from maml_fast.trace import batching_refusals
+from maml_fast.layers import Asked, LayerPlan, Shapes, centred_by, plan_layers
+from maml_fast.ops import BatchNorm, Weighted
+from maml_fast.ops.norm import runs_on_statistics
+from maml_fast.refusals import batching_refusals
 
 BACKENDS = ("auto", "triton", "cpu", "torch", "functional", "reference")
 PLANNED = ("triton", "cpu", "torch")  # that run a chain of operations with fast weights in forms
@@ -47,10 +49,12 @@ class Plan:
     triton: triton_plan.TritonPlan | None = None
     # Of the compiled backends, prepared
     programs: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    batch_norms: str = ""  # what the model's batch norms do, for people
+    centred_by: str = ""  # see `layers.centred_by`; the data are handed over less their mean
 
     @property
     def flops(self) -> int:
-        """Of linear layers, all tasks, one meta-step; 0 if the model is not planned."""
+        """Of products, all tasks, one meta-step; 0 if the model is not planned."""
         return self.shapes.tasks * sum(layer.cost.flops for layer in self.layers if layer.cost)
 
     @property
@@ -96,7 +100,16 @@ class Plan:
                 )
             widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
             lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-            lines.append(f"{self.flops / 1e9:.3f} GFLOP a meta-step in linear layers")
+            lines.append(
+                f"{self.flops / 1e9:.3f} GFLOP a meta-step in linear layers and convolutions"
+            )
+        if self.batch_norms:
+            lines.append(self.batch_norms)
+        if self.centred_by:
+            lines.append(
+                "the data less their mean over a task's rows, which the batch norm "
+                f"'{self.centred_by}' takes away in any case: that spares digits"
+            )
         if self.cpu is not None:
             lines.append(self.cpu.describe(doubles=shapes.dtype == torch.float64))
         if self.triton is not None:
@@ -165,12 +178,39 @@ def make_plan(
             chunk_size = shapes.tasks  # their memory does not grow with the tasks
         else:
             chunk_size = _chunk_size(model, backend, layers, shapes, asked.inner_steps)
+            if triton is not None and triton.wave:
+                chunk_size = min(chunk_size, triton.wave)
         passes = math.ceil(shapes.tasks / chunk_size)
         chunk_size = math.ceil(shapes.tasks / passes)  # of about one size
     chunk_size = min(chunk_size, shapes.tasks)
     return Plan(
-        backend, reason, asked, shapes, output, chunk_size, layers, refusals, cpu=cpu, triton=triton
+        backend,
+        reason,
+        asked,
+        shapes,
+        output,
+        chunk_size,
+        layers,
+        refusals,
+        cpu=cpu,
+        triton=triton,
+        batch_norms=_batch_norms(model, layers),
+        centred_by=centred_by(layers) if backend in PLANNED else "",
     )
+
+
+def _batch_norms(model: nn.Module, layers: Sequence[LayerPlan]) -> str:
+    """What is to be known of batch norm, if the model has any."""
+    planned = any(isinstance(layer.link.op, BatchNorm) for layer in layers)
+    if not planned and not any(isinstance(m, _BatchNorm) for m in model.modules()):
+        return ""
+    text = (
+        "batch norm by the statistics of a task's own rows, support and query each by theirs "
+        "(transductive)"
+    )
+    if any(runs_on_statistics(module) for module in model.modules()):
+        return text + "; running statistics are neither read nor updated"
+    return text
 
 
 def _check_available(backend: str) -> None:
@@ -218,7 +258,7 @@ def _kept_by(layer: LayerPlan, shapes: Shapes, inner_steps: int) -> int:
     """Numbers that a planned layer keeps for one task: its results, and dense weights."""
     rows = shapes.support[0] * inner_steps + shapes.query[0]
     op, after = layer.link.op, layer.link.op.out_features(layer.features)
-    kept = rows * layer.positions * math.prod(after)
-    if layer.form == "dense" and isinstance(op, Linear):
-        kept += (inner_steps + 1) * op.in_features * op.out_features_
+    kept = rows * math.prod(after) * (1 if isinstance(op, Weighted) else layer.positions)
+    if layer.form == "dense" and layer.use is not None:
+        kept += (inner_steps + 1) * layer.use.area
     return kept

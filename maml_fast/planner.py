@@ -15,7 +15,8 @@ from maml_fast.inputs import probe
 from maml_fast.layers import Asked, Shapes
 from maml_fast.plan import PLANNED, Plan, make_plan
 from maml_fast.problem import Loss, Problem, TaskBatch
-from maml_fast.trace import signature
+from maml_fast.refusals import check_statistics
+from maml_fast.signature import signature
 from maml_fast.verify import verified
 
 PLANS_KEPT = 32
@@ -91,12 +92,13 @@ class Planner:
     def plan_for(self, model: nn.Module, loss: Loss, asked: Asked, batch: TaskBatch) -> Planned:
         """The plan for data of these shapes, made or kept from an earlier call.
 
-        Raises as `probe` and `make_plan` do.
+        Raises as `check_statistics`, `probe` and `make_plan` do.
         """
         x, q = batch.support_x, batch.query_x
         shapes = Shapes(len(x), tuple(x.shape[1:]), tuple(q.shape[1:]), x.dtype, x.device)
         key = (shapes, asked, signature(model))
         if key not in self._plans:
+            check_statistics(model)
             outputs = probe(model, "support_x", x[0]), probe(model, "query_x", q[0])
             named = dict(model.named_parameters())
             adapting = [name for name, p in named.items() if p.requires_grad]

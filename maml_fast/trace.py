@@ -12,19 +12,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional as F
-from torch.nn.modules.dropout import _DropoutNd
 
-from maml_fast.ops import OPERATIONS, Linear, Operation
+from maml_fast.ops import OPERATIONS, WEIGHTED, Operation, Weighted
+from maml_fast.ops.base import NameOf
+from maml_fast.ops.norm import runs_on_statistics
 from maml_fast.ops.reshape import Reshape
+from maml_fast.refusals import at_random, draws, label
+from maml_fast.signature import HOOKS
 
 MODULES = {module: build for op in OPERATIONS for module, build in op.modules.items()}
 CALLS = {call: build for op in OPERATIONS for call, build in op.calls.items()}
+WEIGHTED_MODULES = {module: build for op in WEIGHTED for module, build in op.modules.items()}
+WEIGHTED_CALLS = {call: build for op in WEIGHTED for call, build in op.calls.items()}
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 DROPOUT_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
-_AT_RANDOM = "draws at random with p={}; call model.eval() or set p=0"
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = tuple("_global" + hooks for hooks in HOOKS)
 RESHAPES = ("view", "reshape", torch.reshape)
 
@@ -34,7 +37,7 @@ class Link:
     """One operation of a chain, and the layer it came from."""
 
     name: str
-    op: Operation | Linear
+    op: Operation | Weighted
 
 
 @dataclass
@@ -53,14 +56,15 @@ class _Tracer(fx.Tracer):
     """Leaves are the modules that operations stand for, and torch's own."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in MODULES or super().is_leaf_module(m, module_qualified_name)
+        known = type(m) in MODULES or type(m) in WEIGHTED_MODULES
+        return known or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module) -> Chain:
     """The chain of operations that `model` computes from its first argument."""
     chain = Chain()
     for name, module in model.named_modules():
-        layer = f"layer '{name or 'model'}' ({type(module).__name__})"
+        layer = label(name, module)
         if _hooks(module):
             chain.refusals.append(f"{layer}: has hooks, which would not run")
         if "forward" in vars(module):
@@ -85,7 +89,9 @@ def trace(model: nn.Module) -> Chain:
         if previous is not None:
             try:
                 op = _recognise(node, previous, model, names)
-                for parameter in _parameters(op):
+                for parameter in op.parameters if isinstance(op, Weighted) else ():
+                    if used.get(parameter) == _label(node):
+                        raise _Refused("is used twice")
                     if parameter in used:
                         raise _Refused(f"shares '{parameter}' with layer '{used[parameter]}'")
                     used[parameter] = _label(node)
@@ -142,7 +148,7 @@ def _is_row_count(node: fx.Node) -> bool:
 
 def _recognise(
     node: fx.Node, previous: fx.Node, model: nn.Module, names: dict[int, str]
-) -> Operation | Linear | None:
+) -> Operation | Weighted | None:
     """The operation of a node, None where it passes its input on; raises the reason if none."""
     arguments = [*node.args, *node.kwargs.values()]
     tensors = [a for a in arguments if isinstance(a, fx.Node) and not _is_row_count(a)]
@@ -150,54 +156,55 @@ def _recognise(
     if data != [previous]:
         raise _Refused("joins several values, or is out of line; only chains can be planned")
     if node.op == "call_module":
-        return _from_module(model.get_submodule(str(node.target)), names)
-    if node.target in (F.linear, torch._C._nn.linear):
-        return _from_linear_call(node, model, names)
+        return _from_module(model.get_submodule(str(node.target)), model, names)
+    computed = [n for n in node.all_input_nodes if n is not previous and n.op != "get_attr"]
+    if node.target in WEIGHTED_CALLS:
+        if computed:
+            raise _Refused("an argument is computed from the data")
+        named = {key: _attribute(value, model) for key, value in node.kwargs.items()}
+        positional = [_attribute(value, model) for value in node.args]
+        return WEIGHTED_CALLS[node.target](_names(names), *positional, **named)
     if len(tensors) > 1:
-        raise _Refused("uses a parameter or buffer, which only linear layers can")
+        raise _Refused("uses a parameter or buffer, which only layers that are planned can")
     if node.target in DROPOUT_CALLS:
-        _check_dropout_call(*node.args, **node.kwargs)  # type: ignore[arg-type]
+        _check_dropout_call(model, *node.args, **node.kwargs)  # type: ignore[arg-type]
         return None
     if node.target in RESHAPES:
         return _from_view(node)
     if node.target not in CALLS:
         raise _Refused("no planned operation")
-    if any(isinstance(value, fx.Node) and value is not previous for value in arguments):
+    if computed:
         raise _Refused("an argument is computed from the data")
     positional = [None if value is previous else value for value in node.args]
     named = {key: None if value is previous else value for key, value in node.kwargs.items()}
     return CALLS[node.target](*positional, **named)
 
 
-def _from_module(module: nn.Module, names: dict[int, str]) -> Operation | Linear | None:
+def _from_module(
+    module: nn.Module, model: nn.Module, names: dict[int, str]
+) -> Operation | Weighted | None:
     if type(module) is nn.Identity:
         return None
     if type(module) in DROPOUTS:
-        if _draws(module):
-            raise _Refused(_AT_RANDOM.format(module.p))
+        if draws(module):
+            raise _Refused(at_random(model, module.p))  # type: ignore[arg-type]
         return None
-    if type(module) is nn.Linear:
-        return _linear(module.weight, module.bias, names)
+    if type(module) in WEIGHTED_MODULES:
+        return WEIGHTED_MODULES[type(module)](module, _names(names))
     if type(module) not in MODULES:
         raise _Refused("no planned operation")
     return MODULES[type(module)](module)
 
 
-def _from_linear_call(node: fx.Node, model: nn.Module, names: dict[int, str]) -> Linear:
-    def bound(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any]:
-        return weight, bias
+def _names(names: dict[int, str]) -> NameOf:
+    def name_of(tensor: Any) -> str | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in names:
+            raise _Refused("a weight or bias of it is not one of the model's parameters")
+        return names[id(tensor)]
 
-    weight, bias = bound(*node.args, **node.kwargs)
-    return _linear(_attribute(weight, model), _attribute(bias, model), names)
-
-
-def _linear(weight: Any, bias: Any, names: dict[int, str]) -> Linear:
-    for role, tensor in (("weight", weight), ("bias", bias)):
-        if id(tensor) not in names and not (role == "bias" and tensor is None):
-            raise _Refused(f"its {role} is not one of the model's parameters")
-    out_features, in_features = weight.shape
-    bias_name = None if bias is None else names[id(bias)]
-    return Linear(names[id(weight)], bias_name, in_features, out_features)
+    return name_of
 
 
 def _attribute(value: Any, model: nn.Module) -> Any:
@@ -210,12 +217,12 @@ def _attribute(value: Any, model: nn.Module) -> Any:
 
 
 def _check_dropout_call(
-    input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+    model: nn.Module, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> None:
     if training and p > 0:
-        raise _Refused(
-            f"draws at random with p={p}; pass training=self.training, call model.eval()"
-        )
+        by_mode = not any(map(runs_on_statistics, model.modules()))
+        advice = "pass training=self.training, call model.eval()" if by_mode else "pass p=0"
+        raise _Refused(f"draws at random with p={p}; {advice}")
 
 
 def _from_view(node: fx.Node) -> Reshape:
@@ -230,12 +237,6 @@ def _from_view(node: fx.Node) -> Reshape:
     return Reshape(tuple(rest))  # type: ignore[arg-type]
 
 
-def _parameters(op: Operation | Linear | None) -> list[str]:
-    if not isinstance(op, Linear):
-        return []
-    return [op.weight] if op.bias is None else [op.weight, op.bias]
-
-
 def _label(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else node.name
 
@@ -244,74 +245,3 @@ def _kind(node: fx.Node, model: nn.Module) -> str:
     if node.op == "call_module":
         return type(model.get_submodule(str(node.target))).__name__
     return getattr(node.target, "__name__", str(node.target))
-
-
-def _draws(module: nn.Module) -> bool:
-    return isinstance(module, _DropoutNd) and module.training and module.p > 0
-
-
-def batching_refusals(model: nn.Module) -> list[str]:
-    """Layers that torch.func cannot run for many tasks at once, and what to change."""
-    found = []
-    for name, module in model.named_modules():
-        layer = f"layer '{name or 'model'}' ({type(module).__name__})"
-        if module.training and isinstance(getattr(module, "running_mean", None), Tensor):
-            found.append(
-                f"{layer}: updates running statistics; build it with track_running_stats=False, or "
-                "call model.eval()"
-            )
-        if _draws(module):
-            found.append(f"{layer}: {_AT_RANDOM.format(module.p)}")
-    return found
-
-
-INTERNAL = frozenset(vars(nn.Module()))  # what every module has; `training` is asked for by name
-
-
-def signature(model: nn.Module) -> tuple[Any, ...]:
-    """What a plan for `model` depends on, cheap to compare: change it and the plan is made anew.
-
-    Modules, their classes, modes, hooks, parameters and plain attributes; not globals, class
-    attributes or the values of buffers, which a forward may read too.
-    """
-    found: list[Any] = []
-    add = found.append
-    for name, module in model.named_modules():
-        kind = type(module)
-        add((name, id(module), kind, kind.forward, module.training))
-        for key, value in vars(module).items():
-            if key not in INTERNAL:
-                add(value if type(value) in PLAIN else _plain(value))
-            elif value and key in HOOKS:
-                add((key, len(value)))
-        for key, p in module._parameters.items():
-            if p is not None:
-                add((key, id(p), p.requires_grad, p.shape, p.dtype, p.device))
-    return tuple(found)
-
-
-PLAIN = frozenset((type(None), bool, int, float, complex, str))
-
-
-class _Same:
-    """Equal to itself alone; holds its object, so that no other takes over the id."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-
-def _plain(value: Any) -> Any:
-    """A hashable stand-in for an attribute's value."""
-    if type(value) in PLAIN:
-        return value
-    if isinstance(value, (list, tuple)):
-        return tuple(_plain(v) for v in value)
-    if isinstance(value, dict):
-        return tuple((key, _plain(v)) for key, v in value.items())
-    return _Same(value)

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from maml_fast import meta_step
 from maml_fast.backends import reference
 from maml_fast.errors import UnsupportedModelError
+from maml_fast.ops import Norm
 from maml_fast.plan import PLANNED, Plan
 from maml_fast.problem import Outcome, Problem, RateTable, TaskBatch
 
 SINGLE_BOUND, DOUBLE_BOUND = 1e-3, 1e-6
-KINK_BOUND = 0.3  # what a ReLU that switches may do to the gradient of a single task
+MOST_AMPLIFIED = 1e6
+NORM_MODULES = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+KINK_BOUND = 0.3  # what a ReLU or a maximum that switches may do to the gradient of a single task
 REASON = (
     "gives another result than autograd on the first task: the model or its loss does something "
     "that {eyes} does not see, such as torch.no_grad, .data, a test of a tensor's type, or a draw "
@@ -80,14 +85,14 @@ def agrees(plan: Plan, problem: Problem, batch: TaskBatch) -> bool | None:
 def _has_kink(plan: Plan) -> bool:
     natives = (getattr(layer.link.op, "native", None) for layer in plan.layers)
     return plan.asked.loss == "huber" or any(
-        native is not None and native[0] in ("relu", "leaky_relu") for native in natives
+        native is not None and native[0] in ("relu", "leaky_relu", "max_pool") for native in natives
     )
 
 
 def _exact(plan: Plan) -> Plan:
     """The plan with products in full precision, launched as they come and not timed."""
     if plan.triton is None:
-        return plan
+        return dataclasses.replace(plan, programs={})  # whose memory goes with the trial
     triton = dataclasses.replace(plan.triton, precision="tf32x3", tunes=False)
     asked = dataclasses.replace(plan.asked, cuda_graphs=False)
     return dataclasses.replace(plan, triton=triton, asked=asked, programs={})
@@ -95,16 +100,19 @@ def _exact(plan: Plan) -> Plan:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """The same of torch's products, in autograd as in the layer kernels."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
+    """The same of torch's products and convolutions, in autograd as in the layer kernels."""
+    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    rounded = convolutions.allow_tf32
+    if before == "highest" and not rounded:
         yield
         return
     torch.set_float32_matmul_precision("highest")
+    convolutions.allow_tf32 = False
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        convolutions.allow_tf32 = rounded
 
 
 def _distance(plan: Plan, problem: Problem, batch: TaskBatch) -> float | None:
@@ -115,12 +123,12 @@ def _distance(plan: Plan, problem: Problem, batch: TaskBatch) -> float | None:
         return None
     found = _tensors(meta_step.run(plan, problem, batch, gradient))
     # Gradients together: one that cancels to rounding has no relative error of its own.
-    rounding = _rounding(wanted, batch)
+    rounding = _rounding(wanted, batch) * _amplified(plan, problem.model)
     worst = 0.0
     for names in ([n for n in wanted if n not in problem.parameters], problem.adapting):
         scale = _norm([wanted[name] for name in names])
         difference = _norm([found[name] - wanted[name] for name in names])
-        if difference > rounding:
+        if scale > rounding or difference > rounding:
             worst = max(worst, difference / scale if scale else float("inf"))
     return worst
 
@@ -133,6 +141,14 @@ def _rounding(wanted: Mapping[str, Tensor], batch: TaskBatch) -> float:
     losses = _norm([wanted["support losses"], wanted["task losses"], outputs])
     largest = max(x.abs().max().item() for x in (batch.support_x, batch.query_x))
     return 64 * torch.finfo(torch.float64).eps * (1 + losses) * (1 + largest)
+
+
+def _amplified(plan: Plan, model: nn.Module) -> float:
+    """How much norms may enlarge rounding: each divides by the root of its eps where its rows are
+    alike. At most 1e6, so that gradients that are larger than rounding stay to be compared."""
+    planned = [op.eps for layer in plan.layers if isinstance(op := layer.link.op, Norm)]
+    norms = planned or [m.eps for m in model.modules() if isinstance(m, NORM_MODULES)]
+    return min(math.prod(max(eps, 1e-12) ** -0.5 for eps in norms), MOST_AMPLIFIED)
 
 
 def _norm(tensors: list[Tensor]) -> float:

@@ -41,7 +41,6 @@ class Conditional(Item):
 @pytest.mark.parametrize(
     ("make", "advice"),
     [
-        (lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), "track_running_stats=False"),
         (lambda: nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), r"model.eval\(\) or set p=0"),
         (InPlace, "replace the in-place operation"),
         (Item, r"no .item\(\)"),
@@ -69,16 +68,6 @@ def test_the_reference_runs_them_and_leaves_running_statistics_alone(draw):
     ).double()
     plain.load_state_dict({k: v for k, v in state.items() if k in plain.state_dict()})
     assert_close(found, by_graph(plain, batch, "mse", 0.1, 1)[1], 1e-10)
-
-
-def test_running_statistics_in_eval_mode(draw):
-    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double().eval()
-    draw.initialise(model)
-    model[1].running_mean.copy_(draw.normal(2))
-    batch = draw.batch("mse", 3, 4, 4, (3, 2))
-    wanted = by_graph(model, batch, "mse", 0.1, 2)[1]
-    found = gradients(MAML(model, inner_lr=0.1, inner_steps=2, backend="functional"), batch)
-    assert_close(found, wanted, 1e-10)
 
 
 def test_attention(draw):

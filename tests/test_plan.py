@@ -77,6 +77,16 @@ class Twice(nn.Module):
         return self.b(self.a(torch.tanh(self.a(x))))
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(IN, IN), nn.Linear(IN, IN), nn.Linear(IN, OUT)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.c(self.b(torch.tanh(self.a(x))))
+
+
 class Conditional(nn.Module):
     def __init__(self):
         super().__init__()
@@ -101,11 +111,12 @@ PLANNED = [
 REFUSED = [
     (ByMatmul, "'matmul' .*no planned operation|'matmul'.*parameter or buffer"),
     (Branching, "'add'|used 2 times"),
-    (Twice, "layer 'a' .*shares 'a.weight' with layer 'a'"),
+    (Twice, r"layer 'a' \(Linear\): is used twice"),
+    (Tied, r"layer 'b' \(Linear\): shares 'a.weight' with layer 'a'"),
     (lambda: nn.Sequential(nn.Linear(IN, OUT), nn.Softmax(-1)), r"layer '1' \(Softmax\)"),
     (
-        lambda: nn.Sequential(nn.Linear(IN, OUT), nn.LayerNorm(OUT), nn.ELU()),
-        r"layer '1' \(LayerNorm\).*layer '2' \(ELU\)",
+        lambda: nn.Sequential(nn.Linear(IN, OUT), nn.RMSNorm(OUT), nn.ELU()),
+        r"layer '1' \(RMSNorm\).*layer '2' \(ELU\)",
     ),
     (
         lambda: nn.utils.parametrize.register_parametrization(

@@ -17,6 +17,8 @@ from torch.func import functional_call, grad, grad_and_value, jvp, vjp, vmap
 from torch.nn import functional as F
 
 from maml_fast.errors import UnsupportedModelError
+from maml_fast.norm_calls import OwnStatistics
+from maml_fast.ops.norm import batch_statistics
 from maml_fast.problem import Problem, TaskBatch, one_loss
 
 Parameters = dict[str, Tensor]  # {name: [T, *shape]}, or [*shape] while the tasks share it
@@ -69,9 +71,15 @@ class FunctionalStepper:
             if name in problem.rates.learning
         }
 
+    def predict(self, theta: Parameters, x: Tensor) -> Tensor:
+        """The model's output for one task."""
+        model = self.problem.model
+        with batch_statistics(model), OwnStatistics():
+            # A copy of the data: a first layer may work in place.
+            return functional_call(model, {**theta, **self.frozen}, (x.clone(),))
+
     def _loss(self, theta: Parameters, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        # A copy of the data: a first layer may work in place.
-        output = functional_call(self.problem.model, {**theta, **self.frozen}, (x.clone(),))
+        output = self.predict(theta, x)
         return one_loss(self.loss_fn, output, y), output
 
     def _gradient(
@@ -174,13 +182,8 @@ class AdaptedByFunctional:
 
     def predict(self, query_x: Tensor) -> Tensor:
         """[T, M, ...] -> [T, M, ...]"""
-        problem, frozen = self.stepper.problem, self.stepper.frozen
-
-        def call(theta: Parameters, x: Tensor) -> Tensor:
-            return functional_call(problem.model, {**theta, **frozen}, (x.clone(),))
-
-        batched = vmap(call, in_dims=(_axis(self.shared), 0))
-        return _guard(problem, lambda: batched(self.theta, query_x))
+        batched = vmap(self.stepper.predict, in_dims=(_axis(self.shared), 0))
+        return _guard(self.stepper.problem, lambda: batched(self.theta, query_x))
 
     def parameters(self) -> dict[str, Tensor]:
         """{name: [T, *shape]}"""

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from maml_fast.fast_weights import (
-    DenseLinear,
     FactoredInput,
     FactoredLinear,
-    FastLinear,
+    FastLayer,
+    LayerSpec,
     LinearSpec,
-    SharedLinear,
+    dense_stage,
+    shared_stage,
 )
 from maml_fast.layers import LayerPlan
 from maml_fast.losses import LOSSES
-from maml_fast.ops import Linear, Operation, Stage
+from maml_fast.ops import Linear, Operation, Stage, Weighted
 from maml_fast.plan import Plan
 from maml_fast.problem import Problem, TaskBatch
 
@@ -49,7 +50,7 @@ class PlannedStepper:
         self.query_x = through(prelude, batch.query_x)
         self.layers = [layer for layer in plan.layers if not layer.prelude]
         self.stages = [self._stage(layer, i) for i, layer in enumerate(self.layers)]
-        self.fast = {i: s for i, s in enumerate(self.stages) if isinstance(s, FastLinear)}
+        self.fast = {i: s for i, s in enumerate(self.stages) if isinstance(s, FastLayer)}
 
     def _stage(self, layer: LayerPlan, position: int) -> Stage:
         op = layer.link.op
@@ -60,8 +61,8 @@ class PlannedStepper:
             return frozen_stage(layer, problem)
         spec = _spec(op, problem, batch.tasks)
         second_order = self.gradient and not problem.first_order
-        if layer.form == "dense":
-            return DenseLinear(spec)
+        if layer.form == "dense" or not isinstance(spec, LinearSpec):
+            return dense_stage(spec)
         if position == 0:
             return FactoredInput(spec, self.support_x, self.query_x, second_order)
         rows, query_rows = (x.shape[1] * layer.positions for x in (batch.support_x, batch.query_x))
@@ -129,12 +130,12 @@ class PlannedStepper:
         for stage in self.fast.values():
             spec = stage.spec
             for name, gradient, by_step in zip(
-                (spec.weight_name, spec.bias_name),
+                (spec.op.weight, spec.op.bias),
                 stage.gradient_sums(),
                 stage.rate_gradients,
                 strict=True,
             ):
-                if name is not None:
+                if name is not None and gradient is not None:
                     found[name], rates[name] = gradient, by_step.to(gradient.dtype)
         problem = self.problem
         zeros = {
@@ -174,31 +175,31 @@ class AdaptedByPlan:
             for name, tensor in self.stepper.problem.parameters.items()
         }
         for stage in self.stepper.fast.values():
-            weight, bias = stage.weights(self.step)
-            found[stage.spec.weight_name] = weight
-            if stage.spec.bias_name is not None and bias is not None:
-                found[stage.spec.bias_name] = bias
+            op = stage.spec.op
+            for name, formed in zip((op.weight, op.bias), stage.weights(self.step), strict=True):
+                if name is not None and formed is not None:
+                    found[name] = formed
         return found
 
 
-def _spec(op: Linear, problem: Problem, tasks: int) -> LinearSpec:
+def _spec(op: Weighted, problem: Problem, tasks: int) -> LayerSpec:
     parameters, rates = problem.parameters, problem.rates
-    return LinearSpec(
-        op.weight,
-        op.bias,
-        parameters[op.weight],
-        None if op.bias is None else parameters[op.bias],
-        rates.values.get(op.weight),
-        None if op.bias is None else rates.values.get(op.bias),
-        not rates.learning.isdisjoint((op.weight, op.bias)),
-        tasks,
-        problem.inner_steps,
-    )
+    weight, bias = (None if name is None else parameters[name] for name in (op.weight, op.bias))
+    weight_rates, bias_rates = (rates.values.get(name or "") for name in (op.weight, op.bias))
+    learns = not rates.learning.isdisjoint(op.parameters)
+    rest = weight_rates, bias_rates, learns, tasks, problem.inner_steps
+    if isinstance(op, Linear):
+        assert weight is not None
+        return LinearSpec(op, weight, bias, *rest)
+    return LayerSpec(op, weight, bias, *rest)
 
 
 def frozen_stage(layer: LayerPlan, problem: Problem) -> Stage:
+    """A layer that does not adapt."""
     op = layer.link.op
-    return op if isinstance(op, Operation) else SharedLinear(_spec(op, problem, 1))
+    if isinstance(op, Operation):
+        return op
+    return shared_stage(_spec(op, problem, 1))
 
 
 def through(stages: list[Stage], x: Tensor) -> Tensor:

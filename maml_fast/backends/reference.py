@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from maml_fast.norm_calls import OwnStatistics
 from maml_fast.problem import Outcome, Problem, TaskBatch, one_loss
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -28,7 +29,8 @@ def _predict(problem: Problem, parameters: dict[str, Tensor], x: Tensor) -> Tens
     # Buffers are copies, so that a module that counts or keeps running statistics stays as it was.
     buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
     # A copy of the data too: a first layer may work in place.
-    return functional_call(problem.model, {**parameters, **buffers}, (x.clone(),))
+    with OwnStatistics():
+        return functional_call(problem.model, {**parameters, **buffers}, (x.clone(),))
 
 
 def _leaves(problem: Problem) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 Features = tuple[int, ...]  # the shape of one row: [T, N, *features]
+NameOf = Callable[[Any], str | None]  # the name of a parameter; None of None; ValueError
 
 
 class Stage:
@@ -64,4 +65,43 @@ class Operation(Stage):
 
     def oracle(self, x: Tensor) -> Tensor:
         """The same operation by torch, for the tests: [R, *features] -> [R, *out_features]."""
+        raise NotImplementedError
+
+
+class Weighted:
+    """An operation with up to two parameters, that may adapt.
+
+    The rules live in `maml_fast.fast_weights`, for each form that the parameters take there.
+    `weight` and `bias` are names in `model.named_parameters()`; None where there is none.
+    """
+
+    weight: str | None
+    bias: str | None
+
+    # As those of `Operation`, but builders get the module and `name_of`, or `name_of` and the
+    # call's arguments.
+    modules: ClassVar[dict[type[nn.Module], Callable[[Any, NameOf], Weighted]]] = {}
+    calls: ClassVar[dict[Callable[..., Any] | str, Callable[..., Weighted]]] = {}
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of its parameters."""
+        return tuple(name for name in (self.weight, self.bias) if name is not None)
+
+    def out_features(self, features: Features) -> Features:
+        """The shape of a row after the operation; ValueError if it cannot take this one."""
+        raise NotImplementedError
+
+    @property
+    def shapes(self) -> tuple[Features, Features]:
+        """Of a weight and of a bias."""
+        raise NotImplementedError
+
+    @classmethod
+    def examples(cls) -> Iterable[tuple[Weighted, Features]]:
+        """Operations with a "weight" and a "bias", or without, and row shapes for the tests."""
+        raise NotImplementedError
+
+    def oracle(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The same operation of one task by torch, for the tests."""
         raise NotImplementedError

@@ -1,21 +1,21 @@
-"""Linear layers: z = x W^T + b, by nn.Linear or F.linear.
-
-The rules live in `maml_fast.fast_weights`, once for each form that a layer's weights take.
-"""
+"""Linear layers: z = x W^T + b, by nn.Linear or F.linear."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maml_fast.ops.base import Features
+from maml_fast.ops.base import Features, NameOf, Weighted
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A linear layer of a plan. Names are those of `model.named_parameters()`."""
+class Linear(Weighted):
+    """A linear layer of a plan."""
 
     weight: str
     bias: str | None
@@ -29,9 +29,32 @@ class Linear:
             )
         return (*features[:-1], self.out_features_)
 
-    @staticmethod
-    def oracle(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    @property
+    def shapes(self) -> tuple[Features, Features]:
+        return (self.out_features_, self.in_features), (self.out_features_,)
+
+    @classmethod
+    def examples(cls) -> Iterable[tuple[Weighted, Features]]:
+        yield cls("weight", "bias", 4, 3), (4,)
+        yield cls("weight", None, 1, 2), (1,)
+
+    def oracle(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        assert weight is not None
         return F.linear(x, weight, bias)
 
     def __str__(self) -> str:
         return f"linear {self.in_features}->{self.out_features_}"
+
+
+def _call(name_of: NameOf, input: Any, weight: Any, bias: Any = None) -> Linear:
+    name = name_of(weight)
+    if name is None:
+        raise ValueError("its weight is not one of the model's parameters")
+    out_features, in_features = weight.shape
+    return Linear(name, name_of(bias), in_features, out_features)
+
+
+Linear.modules = {
+    nn.Linear: lambda module, name_of: _call(name_of, None, module.weight, module.bias)
+}
+Linear.calls = dict.fromkeys((F.linear, torch._C._nn.linear), _call)
