@@ -20,3 +20,7 @@ class NonFiniteError(FloatingPointError, ValueError):
     def __init__(self, message: str, tasks: list[int]) -> None:
         super().__init__(message)
         self.tasks = tasks
+
+
+class DataError(ValueError):
+    """Data cannot be used; the message names the file or class, what was found and wanted."""

@@ -9,21 +9,12 @@ Dimensions: T tasks, N support rows per task, M query rows per task.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Episodes(NamedTuple):
-    """A batch of tasks in the order that `MAML` takes: `maml(*episodes)`."""
-
-    support_x: Tensor  # [T, N, 1]
-    support_y: Tensor  # [T, N, 1]
-    query_x: Tensor  # [T, M, 1]
-    query_y: Tensor  # [T, M, 1]
+from maml_fast.tasks.episodes import Episodes, TaskStream, whole
 
 
 @dataclass(frozen=True)
@@ -38,7 +29,7 @@ class Waves:
         return self.amplitude * torch.sin(x - self.phase)
 
 
-class SinusoidTasks:
+class SinusoidTasks(TaskStream):
     """A seeded stream of sinusoid tasks; the same seed and calls give the same bits.
 
     Args:
@@ -60,17 +51,10 @@ class SinusoidTasks:
         phase: tuple[float, float] = (0.0, math.pi),
         x_range: tuple[float, float] = (-5.0, 5.0),
     ) -> None:
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype is {dtype}; wanted is a floating type")
-        self.device = torch.device(device)
-        self.dtype = dtype
+        super().__init__(seed, device, dtype)
         self.amplitude = _interval("amplitude", amplitude)
         self.phase = _interval("phase", phase)
         self.x_range = _interval("x_range", x_range)
-        self._generator = torch.Generator(self.device)
-        if _whole("seed", seed, least=0) >= 2**63:
-            raise ValueError(f"seed is {seed}; wanted is a whole number below 2^63")
-        self._generator.manual_seed(seed)
 
     def sample(self, tasks: int = 25, shots: int = 10, query_shots: int = 10) -> Episodes:
         """`tasks` new tasks with `shots` support rows and `query_shots` query rows each."""
@@ -79,7 +63,7 @@ class SinusoidTasks:
 
     def waves(self, tasks: int) -> Waves:
         """`tasks` new curves, for a caller that also wants their amplitudes and phases."""
-        _whole("tasks", tasks, least=1)
+        whole("tasks", tasks, least=1)
         return Waves(
             amplitude=self._uniform(self.amplitude, tasks, 1),
             phase=self._uniform(self.phase, tasks, 1),
@@ -88,25 +72,9 @@ class SinusoidTasks:
     def episodes(self, waves: Waves, shots: int = 10, query_shots: int = 10) -> Episodes:
         """New support and query points on the given curves."""
         tasks = len(waves.amplitude)
-        support_x = self._uniform(self.x_range, tasks, _whole("shots", shots, least=1))
-        query_x = self._uniform(self.x_range, tasks, _whole("query_shots", query_shots, least=1))
+        support_x = self._uniform(self.x_range, tasks, whole("shots", shots, least=1))
+        query_x = self._uniform(self.x_range, tasks, whole("query_shots", query_shots, least=1))
         return Episodes(support_x, waves(support_x), query_x, waves(query_x))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The generator's state: after `load_state_dict` the stream goes on from here."""
-        return {"generator": self._generator.get_state()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue another stream; it must have been drawn on the same kind of device."""
-        if set(state) != {"generator"}:
-            raise ValueError(f"state has the keys {sorted(state)}; wanted is ['generator']")
-        found, own = state["generator"], self._generator.get_state()
-        if found.dtype != own.dtype or found.shape != own.shape:
-            raise ValueError(
-                f"state['generator'] is {found.dtype} {list(found.shape)}; wanted is {own.dtype} "
-                f"{list(own.shape)}, the state of a generator on {self.device.type}"
-            )
-        self._generator.set_state(found)
 
     def _uniform(self, interval: tuple[float, float], tasks: int, rows: int) -> Tensor:
         empty = torch.empty(tasks, rows, 1, dtype=self.dtype, device=self.device)
@@ -122,9 +90,3 @@ def _interval(name: str, interval: tuple[float, float]) -> tuple[float, float]:
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
         raise ValueError(f"{name} is {interval!r}; {wanted}")
     return low, high
-
-
-def _whole(name: str, value: int, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}; wanted is a whole number of at least {least}")
-    return value
