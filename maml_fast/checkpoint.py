@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file, written whole or not at all, read with suspicion.
 
-The file's one metadata entry, "maml_fast", is JSON: format version, configuration, iteration, and
-a digest over those and every tensor. Nothing is pickled, so reading a stranger's file runs no code.
-The same state gives the same bytes.
+The file's one metadata entry, "maml_fast", is JSON: format version, configuration, iteration, the
+data's classes where there are such, and a digest over those and every tensor. Nothing is pickled,
+so reading a stranger's file runs no code. The same state gives the same bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ class CheckpointError(ValueError):
 class Checkpoint:
     """The state of a run after `iteration` meta-steps.
 
-    Tensors are grouped by owner, as {"model": {"0.weight": ...}, "optimizer": {...}, ...}.
+    Tensors are grouped by owner, as {"model": {"0.weight": ...}, "optimizer": {...}, ...}. `data`
+    says what data the run has, in plain values; empty where it makes its own.
     """
 
     config: dict[str, Any]
     iteration: int
     groups: dict[str, dict[str, Tensor]]
+    data: dict[str, Any] = field(default_factory=dict)
 
     def group(self, name: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One owner's tensors, whose names, shapes and dtypes must be those of `wanted`."""
@@ -70,6 +72,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "config": checkpoint.config,
         "iteration": checkpoint.iteration,
     }
+    if checkpoint.data:
+        entry["data"] = checkpoint.data
     entry["digest"] = _digest(entry, tensors)
     data = safetensors.torch.save(tensors, {ENTRY: json.dumps(entry, sort_keys=True)})
     write_atomically(path, data)
@@ -111,7 +115,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     for key, tensor in tensors.items():
         group, _, name = key.partition("/")
         groups.setdefault(group, {})[name] = tensor
-    return Checkpoint(config, iteration, groups)
+    return Checkpoint(config, iteration, groups, entry.get("data", {}))
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -1,18 +1,21 @@
-"""The configuration of a training run: its fields, their defaults and their limits."""
+"""The configuration of a training run: what every kind of run has, and how values are checked.
 
-from __future__ import annotations
+The annotations here and in the kinds' modules are evaluated at once: the command line reads those
+of an inherited field where they cannot be looked up by name.
+"""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 
-Activation = Literal["relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu", "softplus"]
 Backend = Literal["auto", "triton", "cpu", "torch", "functional", "reference"]
+
+FIRST_KIND = "sinusoid"  # of checkpoints that name none: once there was no other
 
 
 class ConfigError(ValueError):
@@ -21,7 +24,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One sinusoid run; the defaults are the paper's (Finn et al. 2017, section 5.1 and A.2).
+    """What every run has. Each kind of run adds its own fields, and its paper's settings.
 
     Attributes:
         iterations: Meta-steps of the whole run.
@@ -33,8 +36,8 @@ class TrainConfig:
         first_order: Leave the second-order terms out.
         learn_inner_lr: Learn the inner rate along with the model.
         meta_lr: Learning rate of Adam.
-        hidden: Sizes of the hidden layers.
-        activation: Activation of the hidden layers.
+        clip_gradient: Largest absolute value of a component of the meta-gradient, whose loss is
+            a mean over rows and tasks; 0 leaves clipping out.
         seed: Seed of the initial weights and of the tasks.
         backend: What computes the meta-step.
         device: Torch device to train on.
@@ -47,52 +50,64 @@ class TrainConfig:
         ConfigError: naming the field, what was found and what is wanted.
     """
 
-    iterations: int = 70_000
-    tasks: int = 25
-    shots: int = 10
-    query_shots: int = 10
-    inner_lr: float = 0.01
-    inner_steps: int = 1
+    kind: ClassVar[str]
+    # Fields of at least 1, and those that a resumed run may change.
+    counts: ClassVar[tuple[str, ...]] = (
+        *("tasks", "shots", "query_shots", "inner_steps", "checkpoint_every", "log_every"),
+    )
+    changeable: ClassVar[tuple[str, ...]] = (
+        *("iterations", "threads", "checkpoint_every", "log_every", "output"),
+    )
+    flags: ClassVar[tuple[str, ...]] = ("first_order", "learn_inner_lr")
+    # The fields that `recipe` looks at
+    recipe_for: ClassVar[tuple[str, ...]] = ()
+
+    iterations: int
+    tasks: int
+    shots: int
+    query_shots: int
+    inner_lr: float
+    inner_steps: int
     first_order: bool = False
     learn_inner_lr: bool = False
     meta_lr: float = 1e-3
-    hidden: tuple[int, ...] = (40, 40)
-    activation: Activation = "relu"
+    clip_gradient: float = 0.0
     seed: int = 0
     backend: Backend = "auto"
     device: str = "cpu"
     threads: int | None = None
     checkpoint_every: int = 5_000
     log_every: int = 100
-    output: Path = Path("runs/sinusoid")
+    output: Path
 
     def __post_init__(self) -> None:
-        _whole("iterations", self.iterations, least=0)
-        for name in COUNTS:
-            _whole(name, getattr(self, name), least=1)
-        # Above 2^31 lie the seeds of the training tasks: see train.TASK_SEEDS.
-        if _whole("seed", self.seed, least=0) >= 2**31:
+        check_whole("iterations", self.iterations, least=0)
+        for name in self.counts:
+            check_whole(name, getattr(self, name), least=1)
+        # Above 2^31 lie the seeds of the training tasks: see run.TASK_SEEDS.
+        if check_whole("seed", self.seed, least=0) >= 2**31:
             raise ConfigError(f"seed is {self.seed}; wanted is a whole number below 2^31")
         if self.threads is not None:
-            _whole("threads", self.threads, least=1)
-        for name in ("first_order", "learn_inner_lr"):
+            check_whole("threads", self.threads, least=1)
+        for name in self.flags:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; wanted is true or false")
-        _rate("inner_lr", self.inner_lr, positive=False)  # 0 is the paper's pretraining baseline
-        _rate("meta_lr", self.meta_lr, positive=True)
-        if not isinstance(self.hidden, tuple) or not self.hidden:
-            raise ConfigError(f"hidden is {self.hidden!r}; wanted are sizes, as in (40, 40)")
-        for size in self.hidden:
-            _whole("hidden", size, least=1)
-        _one_of("activation", self.activation, get_args(Activation))
-        _one_of("backend", self.backend, get_args(Backend))
+        check_rate("inner_lr", self.inner_lr, positive=False)  # 0 is the pretraining baseline
+        check_rate("meta_lr", self.meta_lr, positive=True)
+        check_rate("clip_gradient", self.clip_gradient, positive=False)
+        check_one_of("backend", self.backend, get_args(Backend))
         if not isinstance(self.output, Path):
             raise ConfigError(f"output is {self.output!r}; wanted is a path")
         if not isinstance(self.device, str):
             raise ConfigError(f"device is {self.device!r}; wanted is a name, as in 'cpu'")
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], source: str) -> TrainConfig:
+    def recipe(cls, chosen: Mapping[str, int]) -> dict[str, Any]:
+        """The paper's settings that depend on the fields `recipe_for`, whose values are given."""
+        return {}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str) -> Self:
         """The configuration that a TOML or JSON document spells out; left-out fields have defaults.
 
         Types are strict ("7" and 7.5 are no whole numbers). Errors begin with `source`.
@@ -101,34 +116,41 @@ class TrainConfig:
         unknown = [key for key in values if key not in known]
         if unknown:
             raise ConfigError(f"{source}: unknown key {unknown[0]!r}; the keys are {known}")
-        typed = dict(values)
-        if isinstance(typed.get("hidden"), list):
-            typed["hidden"] = tuple(typed["hidden"])
-        if isinstance(typed.get("output"), str):
-            typed["output"] = Path(typed["output"])
+        hints = get_type_hints(cls)
         try:
-            return cls(**typed)
+            return cls(**{name: _typed(hints[name], value) for name, value in values.items()})
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` reads them back."""
-        values = dataclasses.asdict(self)
-        return values | {"hidden": list(self.hidden), "output": str(self.output)}
+    @classmethod
+    def from_run(cls, values: Mapping[str, Any], source: str) -> Self:
+        """The configuration in a checkpoint, which must be of a run of this kind."""
+        kind, rest = kind_of(values)
+        if kind != cls.kind:
+            raise ConfigError(f"{source}: a run of kind {kind!r}; wanted is {cls.kind!r}")
+        return cls.from_dict(rest, source)
 
-    def check_continues(self, earlier: TrainConfig) -> None:
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, and the kind of run; `from_run` reads them back."""
+        return {"kind": self.kind} | {
+            field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
+        }
+
+    def check_continues(self, earlier: "TrainConfig") -> None:
         """Raise a ConfigError naming the first field that no resumed run may change."""
         for field in dataclasses.fields(self):
             ours, theirs = getattr(self, field.name), getattr(earlier, field.name)
-            if field.name not in CHANGEABLE and ours != theirs:
+            if field.name not in self.changeable and ours != theirs:
                 raise ConfigError(
                     f"{field.name} is {ours!r}, but the run to resume has {theirs!r}; resume with "
                     f"that, or begin a new run in another output folder"
                 )
 
 
-COUNTS = ("tasks", "shots", "query_shots", "inner_steps", "checkpoint_every", "log_every")
-CHANGEABLE = ("iterations", "threads", "checkpoint_every", "log_every", "output")
+def kind_of(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The kind of run that a checkpoint's configuration is of, and the fields."""
+    rest = dict(values)
+    return str(rest.pop("kind", FIRST_KIND)), rest
 
 
 def check_device(device: str) -> torch.device:
@@ -142,19 +164,35 @@ def check_device(device: str) -> torch.device:
     return found
 
 
-def _whole(name: str, value: object, least: int) -> int:
+def check_whole(name: str, value: object, least: int) -> int:
+    """The value, if it is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} is {value!r}; wanted is a whole number of at least {least}")
     return value
 
 
-def _rate(name: str, value: object, positive: bool) -> None:
+def check_rate(name: str, value: object, positive: bool) -> None:
+    """A finite number, above 0 or of at least 0."""
     number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
     if not math.isfinite(number) or number < 0 or (positive and number == 0):
         wanted = "above 0" if positive else "of at least 0"
         raise ConfigError(f"{name} is {value!r}; wanted is a finite number {wanted}")
 
 
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """One of the choices."""
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; wanted is one of {list(choices)}")
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """JSON and TOML have lists and strings for tuples and paths."""
+    if get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(_typed(get_args(hint)[0], item) for item in value)
+    return Path(value) if hint is Path and isinstance(value, str) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maml_fast import MAML, NonFiniteError
+from maml_fast import MAML
+from maml_fast.measure import (
+    DEFAULT_SEED,
+    adapted_outputs,
+    check_steps,
+    check_tasks,
+    mean_and_ci95,
+)
 from maml_fast.tasks import SinusoidTasks
 
 # Finn et al. 2017, section 5.1: MSE at 5 shots by number of gradient steps, of MAML and of a
@@ -22,8 +29,6 @@ from maml_fast.tasks import SinusoidTasks
 PAPER_SHOTS = 5
 PAPER_MAML = {1: 0.67, 5: 0.38, 10: 0.35}
 PAPER_PRETRAINED = {1: 2.41, 5: 2.23, 10: 2.19}
-
-DEFAULT_SEED = 2017
 
 # No prediction within the targets' range, [-5, 5], has a larger error: above, adaptation diverged.
 DIVERGED = (5.0 + 5.0) ** 2
@@ -107,9 +112,8 @@ def evaluate_sinusoid(
     Raises:
         ValueError: naming the argument, what was found and what is wanted.
     """
-    _check_steps(steps)
-    if tasks < 2:
-        raise ValueError(f"tasks is {tasks}; wanted are at least 2, for a confidence interval")
+    check_steps(steps)
+    check_tasks(tasks)
     sampler = _sampler(model, seed)
     support_x, support_y, query_x, query_y = sampler.sample(tasks, shots, query_shots)
     rows = []
@@ -132,7 +136,7 @@ def fit_sinusoid(
     backend: str = "auto",
 ) -> Fits:
     """Curves to plot: the truth and the model's predictions on an even grid over the x range."""
-    _check_steps(steps)
+    check_steps(steps)
     sampler = _sampler(model, seed)
     waves = sampler.waves(tasks)
     support_x, support_y, _, _ = sampler.episodes(waves, shots, query_shots=1)
@@ -155,18 +159,12 @@ def _step_errors(steps: int, errors: Tensor) -> StepErrors:
     others = errors[errors <= DIVERGED]
     return StepErrors(
         steps,
-        *_mean_and_ci95(errors),
+        *mean_and_ci95(errors),
         median=errors.median().item(),
         diverged=len(errors) - len(others),
-        mse_others=_mean_and_ci95(others)[0],
-        ci95_others=_mean_and_ci95(others)[1],
+        mse_others=mean_and_ci95(others)[0],
+        ci95_others=mean_and_ci95(others)[1],
     )
-
-
-def _mean_and_ci95(errors: Tensor) -> tuple[float, float]:
-    if len(errors) < 2 or not errors.isfinite().all():
-        return math.inf, math.inf
-    return errors.mean().item(), 1.96 * errors.std().item() / math.sqrt(len(errors))
 
 
 @torch.no_grad()
@@ -183,26 +181,13 @@ def _adapted(
     if steps == 0:
         return model(x)
     maml = MAML(model, loss="mse", inner_lr=inner_lr, inner_steps=steps, backend=backend)
+    kept, outputs = adapted_outputs(maml, support_x, support_y, x, steps)
     predictions = torch.full_like(x, math.nan)
-    kept = torch.arange(len(x), device=x.device)
-    while len(kept):
-        try:
-            predictions[kept] = maml.adapt(support_x[kept], support_y[kept])(x[kept])
-            break
-        except NonFiniteError as error:
-            if not error.tasks:
-                raise
-            sound = torch.ones_like(kept, dtype=torch.bool)
-            sound[error.tasks] = False
-            kept = kept[sound]
+    if len(kept):
+        predictions[kept] = outputs
     return predictions
 
 
 def _sampler(model: nn.Module, seed: int) -> SinusoidTasks:
     parameter = next(model.parameters())
     return SinusoidTasks(seed, parameter.device, parameter.dtype)
-
-
-def _check_steps(steps: Sequence[int]) -> None:
-    if not steps or any(step < 0 for step in steps):
-        raise ValueError(f"steps is {tuple(steps)}; wanted are whole numbers of at least 0")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from maml_fast.checkpoint import write_atomically
 from maml_fast.evaluate import DIVERGED, PAPER_MAML, PAPER_SHOTS, Evaluation, Fits
 
 DPI = 120
@@ -75,6 +77,12 @@ def fits_figure(fits: Fits) -> Figure:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write the figure; its size in pixels is its size in inches times `DPI`."""
+    """Write the figure, whole or not at all; its size in pixels is that in inches times `DPI`.
+
+    Raises:
+        OSError: naming the file, where the one before still is.
+    """
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=DPI)
+    write_atomically(path, drawn.getvalue())

@@ -21,7 +21,7 @@ from maml_fast.checkpoint import write_atomically
 
 
 class History:
-    """The losses of a run as JSON lines: {"iteration": 100, "loss": 3.2}, and a learned rate."""
+    """The figures of a run as JSON lines: {"iteration": 100, "loss": 3.2}."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,14 +35,11 @@ class History:
         if self._file is not None:
             self._file.close()
 
-    def append(self, iteration: int, loss: float, inner_lr: float | None) -> None:
-        """Add a line; without a learned rate, leave that out."""
-        line: dict[str, float] = {"iteration": iteration, "loss": loss}
-        if inner_lr is not None:
-            line["inner_lr"] = inner_lr
+    def append(self, iteration: int, **figures: float) -> None:
+        """Add a line."""
         if self._file is None:
             raise RuntimeError("History.append() is called outside of its with block")
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps({"iteration": iteration, **figures}) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -69,7 +66,7 @@ class History:
 
 
 class ProgressLine:
-    """A progress bar with loss and speed on stderr, drawn twice a second by the loop itself.
+    """A progress bar with loss, speed and a note on stderr, drawn twice a second by the loop.
 
     Rich's own refresh thread would take the interpreter lock from a loop of short iterations.
     """
@@ -80,13 +77,15 @@ class ProgressLine:
         self._bar = Progress(
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tasks/s"),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tasks/s{task.fields[note]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             auto_refresh=False,
             speed_estimate_period=10.0,
         )
-        self._task = self._bar.add_task("", total=total, completed=done, loss="-", speed="-")
+        self._task = self._bar.add_task(
+            "", total=total, completed=done, loss="-", speed="-", note=""
+        )
         self._shown, self._shown_at = done, 0.0
 
     def __enter__(self) -> ProgressLine:
@@ -106,14 +105,18 @@ class ProgressLine:
         """Whether the bar is old enough to draw again."""
         return time.perf_counter() - self._shown_at >= self.INTERVAL
 
+    def note(self, text: str) -> None:
+        """Show this after the speed from the next drawing on."""
+        self._bar.update(self._task, note=f"  {text}")
+
     def show(self, iteration: int, loss: float | None, tasks: int) -> None:
         """Draw the state after `iteration`; `tasks` is the number of tasks per iteration."""
         now = time.perf_counter()
-        speed = (iteration - self._shown) * tasks / max(now - self._shown_at, 1e-9)
+        if iteration > self._shown:  # else the last drawing's speed stands
+            speed = (iteration - self._shown) * tasks / max(now - self._shown_at, 1e-9)
+            self._bar.update(self._task, speed=f"{speed:,.0f}")
         text = "-" if loss is None else f"{loss:.4f}"
-        self._bar.update(
-            self._task, completed=iteration, loss=text, speed=f"{speed:,.0f}", refresh=True
-        )
+        self._bar.update(self._task, completed=iteration, loss=text, refresh=True)
         self._shown, self._shown_at = iteration, now
 
 

@@ -1,54 +1,72 @@
-"""The state of a sinusoid run: made from a configuration, stepped, saved and restored."""
+"""The state of a training run, whatever its tasks: stepped, saved and restored exactly."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from maml_fast import MAML
 from maml_fast.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from maml_fast.config import ConfigError, TrainConfig, check_device
-from maml_fast.models import sinusoid_mlp
-from maml_fast.tasks import SinusoidTasks
+from maml_fast.config import ConfigError, TrainConfig
+from maml_fast.tasks import Episodes
 
 # Added to a run's seed for its tasks: a stream other than the initial weights' and than those of
 # evaluations, whose seeds are below. (A CPU generator keeps the lowest 32 bits of its seed.)
 TASK_SEEDS = 2**31
+
+C = TypeVar("C", bound=TrainConfig)
 
 
 class DivergedError(FloatingPointError):
     """The parameters are no longer finite; the last checkpoint is from before that."""
 
 
-class SinusoidRun:
-    """The state of a run: model, rate, optimiser, tasks, iteration, and the losses to be logged."""
+class Tasks(Protocol):
+    """A seeded stream of tasks that a checkpoint can hold."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def sample(self, tasks: int, shots: int, query_shots: int) -> Episodes:
+        """New tasks."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where the stream stands."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there; ValueError where the state is of another kind."""
+
+
+class Run:
+    """The state of a run: model, rate, optimiser, tasks, iteration, and the losses to be logged.
+
+    A kind of run makes the model and the tasks, and may validate.
+    """
+
+    def __init__(self, config: TrainConfig, model: nn.Module, loss: str, tasks: Tasks) -> None:
         self.config = config
-        device = check_device(config.device)
-        self.model = sinusoid_mlp(config.hidden, config.activation, seed=config.seed, device=device)
+        self.model = model
+        self.tasks = tasks
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.rates: dict[str, nn.Parameter] = {}
         if config.learn_inner_lr:
-            self.rates["inner_lr"] = nn.Parameter(torch.tensor(config.inner_lr, device=device))
-        self.parameters = FlatParameters([*self.model.parameters(), *self.rates.values()])
+            rate = torch.tensor(config.inner_lr, device=trained[0].device)
+            self.rates["inner_lr"] = nn.Parameter(rate)
+        self.parameters = FlatParameters([*trained, *self.rates.values()])
         self.maml = MAML(
             self.model,
-            loss="mse",
+            loss=loss,
             inner_lr=self.rates.get("inner_lr", config.inner_lr),
             inner_steps=config.inner_steps,
             first_order=config.first_order,
             backend=config.backend,
         )
         self.optimizer = torch.optim.Adam([self.parameters.flat], lr=config.meta_lr, fused=True)
-        self.tasks = SinusoidTasks(config.seed + TASK_SEEDS, device)
         self.iteration = 0
         # The losses since the last line of the history, summed on the device: reading each would
         # make every iteration wait for a GPU.
-        self._loss_sum = torch.zeros((), device=device)
+        self._loss_sum = torch.zeros((), device=trained[0].device)
         self._losses = 0
         self._last_mean: float | None = None
 
@@ -58,10 +76,28 @@ class SinusoidRun:
         self.parameters.zero_grad()
         loss = self.maml(*episodes).loss
         loss.backward()
+        if self.config.clip_gradient:
+            self.parameters.clip(self.config.clip_gradient)
         self.optimizer.step()
         self._loss_sum += loss.detach()
         self._losses += 1
         self.iteration += 1
+
+    def validate(self) -> dict[str, float] | None:
+        """Figures on held-out tasks for the history; None where they are not due."""
+        return None
+
+    def is_best(self) -> bool:
+        """Whether the state is the best of all that were validated."""
+        return False
+
+    def best(self) -> tuple[int, float] | None:
+        """Iteration and accuracy of the best validation; None if there was none."""
+        return None
+
+    def describe(self) -> str:
+        """What the run trains on, in a line; empty where there is nothing to say."""
+        return ""
 
     def loss(self) -> float | None:
         """Mean loss since the last line of the history; right after one, that line's."""
@@ -74,20 +110,23 @@ class SinusoidRun:
         self._losses = 0
         return mean
 
-    def learned_rate(self) -> float | None:
-        """The inner learning rate if it is learned."""
-        return self.rates["inner_lr"].item() if self.rates else None
+    def learned_rates(self) -> dict[str, float]:
+        """The rates that are learned, by name."""
+        return {name: rate.item() for name, rate in self.rates.items()}
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, unless its parameters would not be finite."""
         if not bool(self.parameters.flat.isfinite().all()):
             raise DivergedError(f"parameters are not finite at iteration {self.iteration}")
-        save_checkpoint(path, Checkpoint(self.config.to_dict(), self.iteration, self._groups()))
+        checkpoint = Checkpoint(
+            self.config.to_dict(), self.iteration, self._groups(), self._identity()
+        )
+        save_checkpoint(path, checkpoint)
 
     def restore(self, path: Path) -> None:
         """Continue the run whose checkpoint is at `path`."""
         checkpoint = load_checkpoint(path)
-        self.config.check_continues(_config(checkpoint, path))
+        self.config.check_continues(read_config(type(self.config), checkpoint, path))
         if checkpoint.iteration > self.config.iterations:
             raise ConfigError(
                 f"iterations is {self.config.iterations}, but the run to resume is already at "
@@ -97,19 +136,26 @@ class SinusoidRun:
         if checkpoint.iteration > 0:
             own["optimizer"] = _adam_state(self.parameters.flat)
         try:
+            self._check_identity(checkpoint.data)
             found = {name: checkpoint.group(name, wanted) for name, wanted in own.items()}
             self.tasks.load_state_dict(found["tasks"])
+        except ConfigError:
+            raise
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
+        self._load(found)
+        self.iteration = checkpoint.iteration
+
+    def _load(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over the groups of a checkpoint, which fit."""
         self.model.load_state_dict(found["model"])
         with torch.no_grad():
             for name, rate in self.rates.items():
                 rate.copy_(found["rates"][name])
         state = self.optimizer.state_dict()
-        self.optimizer.load_state_dict(state | {"state": {0: found["optimizer"]}})
+        self.optimizer.load_state_dict(state | {"state": {0: dict(found["optimizer"])}})
         self._loss_sum.copy_(found["window"]["loss_sum"])
         self._losses = int(found["window"]["losses"])
-        self.iteration = checkpoint.iteration
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:
         return {
@@ -120,31 +166,12 @@ class SinusoidRun:
             "window": {"loss_sum": self._loss_sum, "losses": torch.tensor(self._losses)},
         }
 
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint says of the run's data."""
+        return {}
 
-@dataclass(frozen=True)
-class TrainedModel:
-    """What a checkpoint holds for those who only use the model."""
-
-    model: nn.Sequential
-    inner_lr: float  # the learned one where the run learned it
-    iteration: int
-    config: TrainConfig
-
-
-def load_trained(path: Path, device: str = "cpu") -> TrainedModel:
-    """The model of a checkpoint, on `device`; CheckpointError where that cannot be used."""
-    checkpoint = load_checkpoint(path)
-    config = _config(checkpoint, path)
-    model = sinusoid_mlp(config.hidden, config.activation)
-    rates = {"inner_lr": torch.tensor(config.inner_lr)}
-    try:
-        model.load_state_dict(checkpoint.group("model", model.state_dict()))
-        if config.learn_inner_lr:
-            rates = checkpoint.group("rates", rates)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    inner_lr = rates["inner_lr"].item() if config.learn_inner_lr else config.inner_lr
-    return TrainedModel(model.to(check_device(device)), inner_lr, checkpoint.iteration, config)
+    def _check_identity(self, data: Mapping[str, Any]) -> None:
+        """Raise a ConfigError where a checkpoint's run had other data."""
 
 
 class FlatParameters:
@@ -168,10 +195,15 @@ class FlatParameters:
         """Zero the gradients in place: set to None they would leave the flat tensor."""
         self._gradient.zero_()
 
+    def clip(self, limit: float) -> None:
+        """Limit each component of the gradients to [-limit, limit]; NaN stays."""
+        self._gradient.clamp_(-limit, limit)
 
-def _config(checkpoint: Checkpoint, path: Path) -> TrainConfig:
+
+def read_config(kind: type[C], checkpoint: Checkpoint, path: Path) -> C:
+    """The configuration in a checkpoint of a run of this kind, or a CheckpointError."""
     try:
-        return TrainConfig.from_dict(checkpoint.config, source=str(path))
+        return kind.from_run(checkpoint.config, source=str(path))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
 

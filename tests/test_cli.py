@@ -59,11 +59,13 @@ def test_training_says_where_the_checkpoint_is_and_how_to_evaluate_it(output, ca
 def test_every_option_reaches_the_configuration(output):
     flags = (
         "--iterations 3 --tasks 2 --shots 4 --query-shots 5 --inner-lr 0.02 --inner-steps 2 "
-        "--first-order --learn-inner-lr --meta-lr 0.003 --hidden 7 6 5 --activation tanh --seed 9 "
-        "--backend reference --device cpu --threads 1 --checkpoint-every 2 --log-every 1"
+        "--first-order --learn-inner-lr --meta-lr 0.003 --clip-gradient 0.5 --hidden 7 6 5 "
+        "--activation tanh --seed 9 --backend reference --device cpu --threads 1 "
+        "--checkpoint-every 2 --log-every 1"
     )
     assert train(output, *flags.split()) == 0
     assert config_of(output) == {
+        "kind": "sinusoid",
         "iterations": 3,
         "tasks": 2,
         "shots": 4,
@@ -73,6 +75,7 @@ def test_every_option_reaches_the_configuration(output):
         "first_order": True,
         "learn_inner_lr": True,
         "meta_lr": 0.003,
+        "clip_gradient": 0.5,
         "hidden": [7, 6, 5],
         "activation": "tanh",
         "seed": 9,

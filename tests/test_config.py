@@ -8,12 +8,13 @@ from typing import get_args
 import pytest
 
 from maml_fast import plan
-from maml_fast.config import Activation, Backend, ConfigError, TrainConfig
+from maml_fast.config import Backend, ConfigError
+from maml_fast.config_sinusoid import Activation, SinusoidConfig
 from maml_fast.models import ACTIVATIONS
 
 
 def test_the_defaults_are_the_papers():
-    config = TrainConfig()
+    config = SinusoidConfig()
     assert (config.tasks, config.shots, config.query_shots) == (25, 10, 10)
     assert (config.inner_steps, config.inner_lr, config.meta_lr) == (1, 0.01, 1e-3)
     assert (config.iterations, config.hidden, config.activation) == (70_000, (40, 40), "relu")
@@ -39,6 +40,8 @@ def test_choices_are_all_that_there_are():
         ("inner_lr", "0.1"),
         ("meta_lr", math.inf),
         ("meta_lr", 0.0),
+        ("clip_gradient", -1.0),
+        ("clip_gradient", math.nan),
         ("hidden", ()),
         ("hidden", (40, 0)),
         ("hidden", 40),
@@ -57,14 +60,23 @@ def test_choices_are_all_that_there_are():
 )
 def test_nonsense_is_refused_by_the_fields_name(field, value):
     with pytest.raises(ConfigError, match=rf"^{field} is .*wanted|^{field} is 0; wanted"):
-        TrainConfig(**{field: value})
+        SinusoidConfig(**{field: value})
 
 
 def test_a_configuration_goes_through_json_and_back():
-    config = TrainConfig(iterations=7, hidden=(6, 5), threads=1, output=Path("a/b"))
+    config = SinusoidConfig(iterations=7, hidden=(6, 5), threads=1, output=Path("a/b"))
     values = json.loads(json.dumps(config.to_dict()))
-    assert TrainConfig.from_dict(values, "here") == config
+    assert SinusoidConfig.from_run(values, "here") == config
     with pytest.raises(ConfigError, match=r"^here: unknown key 'shot'"):
-        TrainConfig.from_dict(values | {"shot": 1}, "here")
+        SinusoidConfig.from_run(values | {"shot": 1}, "here")
     with pytest.raises(ConfigError, match=r"^here: tasks is '3'; wanted is a whole number"):
-        TrainConfig.from_dict(values | {"tasks": "3"}, "here")
+        SinusoidConfig.from_run(values | {"tasks": "3"}, "here")
+
+
+def test_a_checkpoint_that_names_no_kind_is_a_sinusoids():
+    values = SinusoidConfig(iterations=7).to_dict()
+    assert values.pop("kind") == "sinusoid"
+    del values["clip_gradient"]  # which came later
+    assert SinusoidConfig.from_run(values, "here") == SinusoidConfig(iterations=7)
+    with pytest.raises(ConfigError, match=r"^here: a run of kind 'omniglot'; wanted is 'sinusoid'"):
+        SinusoidConfig.from_run(values | {"kind": "omniglot"}, "here")

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from maml_fast.checkpoint import load_checkpoint
 from maml_fast.cli import main
-from maml_fast.config import TrainConfig
+from maml_fast.config_sinusoid import SinusoidConfig
 from maml_fast.evaluate import (
     PAPER_MAML,
     PAPER_PRETRAINED,
@@ -20,8 +20,8 @@ from maml_fast.evaluate import (
     evaluate_sinusoid,
     fit_sinusoid,
 )
+from maml_fast.kinds import load_trained
 from maml_fast.models import sinusoid_mlp
-from maml_fast.run import load_trained
 from maml_fast.tasks import SinusoidTasks
 from maml_fast.train import train
 
@@ -172,7 +172,7 @@ def test_a_bad_argument_is_named(options, message):
 
 def a_checkpoint(folder, learn_inner_lr=False):
     """A hardly trained one, of the run's default file name."""
-    config = TrainConfig(
+    config = SinusoidConfig(
         iterations=3,
         tasks=2,
         hidden=(4, 4),

@@ -1,5 +1,7 @@
 """The figures show the numbers they are given; the files are images of the expected size."""
 
+import errno
+import os
 import struct
 
 import numpy as np
@@ -104,3 +106,18 @@ def test_a_saved_figure_is_a_png_of_its_size(tmp_path, figure: Figure, inches):
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", data[16:24]) == (inches[0] * DPI, inches[1] * DPI)
     assert len(data) > 10_000  # more than an empty canvas
+
+
+def test_a_full_disk_leaves_the_figure_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "figure.png"
+    save_png(fits_figure(fits(1)), path)
+    before = path.read_bytes()
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*figure.png'"):
+        save_png(fits_figure(fits(4)), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch.func import functional_call
 
-from maml_fast.checkpoint import CheckpointError, load_checkpoint
-from maml_fast.config import ConfigError, TrainConfig
+from maml_fast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from maml_fast.config import ConfigError
+from maml_fast.config_sinusoid import SinusoidConfig
 from maml_fast.evaluate import evaluate_sinusoid
+from maml_fast.kinds import load_trained
 from maml_fast.models import sinusoid_mlp
 from maml_fast.progress import History, stop_on_signals
-from maml_fast.run import TASK_SEEDS, DivergedError, FlatParameters, SinusoidRun, load_trained
+from maml_fast.run import TASK_SEEDS, DivergedError, FlatParameters
+from maml_fast.run_sinusoid import SinusoidRun
 from maml_fast.tasks import SinusoidTasks
 from maml_fast.train import train
 
@@ -24,7 +27,7 @@ from maml_fast.train import train
 @pytest.fixture
 def config(tmp_path):
     """A small run. One thread: the machine may be shared, and the tasks are tiny."""
-    return TrainConfig(
+    return SinusoidConfig(
         iterations=12,
         tasks=3,
         shots=4,
@@ -152,6 +155,20 @@ def test_a_resumed_run_ends_with_the_same_bits(config, tmp_path, stop_at, learn_
         whole.output / "history.jsonl"
     ).read_bytes()
     assert len(read_history(parts)) == 2
+
+
+def test_a_checkpoint_from_before_there_were_other_kinds_goes_on(config, tmp_path):
+    train(config)
+    parts = dataclasses.replace(config, output=tmp_path / "parts")
+    path = train(dataclasses.replace(parts, iterations=7)).checkpoint
+    checkpoint = load_checkpoint(path)
+    older = {k: v for k, v in checkpoint.config.items() if k not in ("kind", "clip_gradient")}
+    assert len(older) == len(checkpoint.config) - 2
+    save_checkpoint(path, dataclasses.replace(checkpoint, config=older))
+    assert load_trained(path).iteration == 7
+    assert train(parts, resume=True).iteration == 12
+    found, wanted = load_file(path), load_file(config.output / "checkpoint.safetensors")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_resuming_a_finished_run_changes_nothing(config):

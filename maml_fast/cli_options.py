@@ -1,0 +1,95 @@
+"""Where the command line's options come from: flags, a file, the run to resume, the paper."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Argument, ArgumentCollection, Parameter
+from cyclopts.config import Dict
+
+from maml_fast.checkpoint import load_checkpoint
+from maml_fast.config import ConfigError, TrainConfig, kind_of
+from maml_fast.kinds import KINDS
+from maml_fast.train import CHECKPOINT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begin:
+    """How a run begins.
+
+    Attributes:
+        config_file: TOML file with any of these options as keys, as in `inner_steps = 5`; flags
+            beat it.
+        resume: Go on with the run in the output folder, with its options.
+        overwrite: Delete the run in the output folder.
+    """
+
+    config_file: Annotated[Path | None, Parameter(name="--config")] = None
+    resume: Annotated[bool, Parameter(negative=())] = False
+    overwrite: Annotated[bool, Parameter(negative=())] = False
+
+
+def option_sources(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Fill in what no flag sets: from --config, then with --resume from the run's checkpoint, then
+    what the paper does with so many ways and shots (and query images)."""
+    for argument in arguments:
+        _refuse_fractions(argument)
+    if commands[:1] != ("train",) or commands[-1] not in KINDS:
+        return
+    by_name = {argument.name: argument for argument in arguments}
+    kind = KINDS[commands[-1]].config
+
+    def fill(values: dict[str, Any], source: str) -> None:
+        kind.from_dict(values, source)  # strict about keys and types, as Dict is not
+        values = {name: value for name, value in values.items() if value not in (None, [])}
+        Dict(values, source=source, use_commands_as_keys=False)(app, commands, arguments)
+
+    if by_name["--config"].tokens:
+        path = Path(by_name["--config"].tokens[0].value)
+        fill(_read_toml(path), source=str(path))
+    if by_name["--resume"].tokens:
+        tokens = by_name["--output"].tokens
+        output = tokens[0].value if tokens else str(_default(kind, "output"))
+        path = Path(output) / CHECKPOINT
+        found, values = kind_of(load_checkpoint(path).config)
+        if found != kind.kind:
+            raise ConfigError(
+                f"{path}: a run of kind {found!r}; resume it with: maml-fast train {found} --resume"
+            )
+        fill(values | {"output": output}, source=str(path))
+    flags = {name: by_name[f"--{name.replace('_', '-')}"] for name in kind.recipe_for}
+    chosen = {name: _chosen(flag, kind, name) for name, flag in flags.items()}
+    if all(value > 0 for value in chosen.values()):  # else the configuration will complain
+        fill(kind.recipe(chosen), source="the paper's settings")
+
+
+def _default(kind: type[TrainConfig], name: str) -> Any:
+    return kind.__dataclass_fields__[name].default
+
+
+def _chosen(argument: Argument, kind: type[TrainConfig], name: str) -> int:
+    """The whole number that an option is set to; 0 where it is none."""
+    if not argument.tokens:
+        return int(_default(kind, name))
+    try:
+        return int(argument.tokens[0].value)
+    except ValueError:
+        return 0
+
+
+def _refuse_fractions(argument: Argument) -> None:
+    """Cyclopts rounds --tasks 2.5 to 2; an error is wanted."""
+    if argument.hint in (int, int | None, tuple[int, ...]):
+        for token in argument.tokens:
+            if "." in token.value:
+                raise ConfigError(f"{token.keyword} is {token.value}; wanted is a whole number")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: no valid TOML: {error}") from None

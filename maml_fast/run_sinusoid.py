@@ -1,0 +1,26 @@
+"""A run on sinusoid regression."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from maml_fast.config import check_device
+from maml_fast.config_sinusoid import SinusoidConfig
+from maml_fast.models import sinusoid_mlp
+from maml_fast.run import TASK_SEEDS, Run
+from maml_fast.tasks import SinusoidTasks
+
+
+class SinusoidRun(Run):
+    """The state of a run on sinusoids."""
+
+    def __init__(self, config: SinusoidConfig) -> None:
+        device = check_device(config.device)
+        tasks = SinusoidTasks(config.seed + TASK_SEEDS, device)
+        super().__init__(config, sinusoid_model(config, device), "mse", tasks)
+
+
+def sinusoid_model(config: SinusoidConfig, device: torch.device) -> nn.Module:
+    """The model at the beginning of a run."""
+    return sinusoid_mlp(config.hidden, config.activation, seed=config.seed, device=device)
