@@ -39,7 +39,9 @@ constexpr Named<Form> FORMS[] = {{"shared", Form::shared}, {"factored", Form::fa
 constexpr Named<Layout> LAYOUTS[] = {
     {"tasks_in_lanes", Layout::tasks_in_lanes},
     {"rows_in_lanes", Layout::rows_in_lanes},
+    {"channels_in_lanes", Layout::channels_in_lanes},
 };
+constexpr Named<NormKind> NORMS[] = {{"batch", NormKind::batch}, {"group", NormKind::group}, {"layer", NormKind::layer}};
 
 template <class E, std::size_t N>
 E named(const Named<E> (&list)[N], const std::string& name, const char* what) {
@@ -62,59 +64,101 @@ Layer activation_layer(const std::string& name, const std::vector<double>& const
     return layer;
 }
 
+using Shape = std::vector<std::int64_t>;
+
+// What layers with parameters have in common.
+struct Parameters {
+    bool has_weight, has_bias, weight_adapts, bias_adapts, learns_rates;
+    std::string form;
+    bool prelude;
+};
+
 // Builds a program layer by layer; `prepare` makes it ready to run.
 struct Builder {
     Program program;
 
     Builder(const std::string& loss, const std::string& layout, std::int64_t steps, std::int64_t rows, std::int64_t query_rows,
-            std::int64_t in_features, bool first_order, bool gradient, bool exports) {
+            const Shape& shape, bool first_order, bool gradient, bool exports) {
         program.loss = named(LOSSES, loss, "loss");
         program.layout = named(LAYOUTS, layout, "layout");
         program.steps = steps;
         program.rows = rows;
         program.query_rows = query_rows;
-        program.in_features = in_features;
+        program.shape = shape;
+        for (const std::int64_t n : shape) program.in_features *= n;
         program.first_order = first_order;
         program.gradient = gradient;
         program.exports = exports;
     }
-    void linear(std::int64_t in_features, std::int64_t out_features, bool has_bias, bool weight_adapts,
-                const std::string& form, bool prelude, bool learns_rates) {
-        Layer layer;
-        layer.kind = Kind::linear;
-        layer.in_features = in_features;
-        layer.out_features = out_features;
-        layer.has_bias = has_bias;
-        layer.weight_adapts = weight_adapts;
-        layer.form = named(FORMS, form, "form");
-        layer.prelude = prelude;
-        layer.learns_rates = learns_rates;
-        program.layers.push_back(layer);
+    void linear(std::int64_t in_features, std::int64_t out_features, const Parameters& parameters) {
+        add(Kind::linear, in_features, out_features, parameters);
+    }
+    void conv(std::int64_t in_channels, std::int64_t out_channels, std::int64_t kernel, std::int64_t stride,
+              std::int64_t padding, const Parameters& parameters) {
+        Layer& layer = add(Kind::conv, in_channels, out_channels, parameters);
+        layer.kernel = kernel;
+        layer.stride = stride;
+        layer.padding = padding;
+    }
+    void norm(const std::string& kind, std::int64_t features, std::int64_t length, std::int64_t groups, double eps,
+              const Parameters& parameters) {
+        Layer& layer = add(Kind::norm, features, length, parameters);
+        layer.norm = named(NORMS, kind, "norm");
+        layer.groups = groups;
+        layer.eps = eps;
     }
     void pointwise(const std::string& name, const std::vector<double>& constants, bool prelude) {
         program.layers.push_back(activation_layer(name, constants, prelude));
     }
+    void max_pool(bool prelude) { add(Kind::max_pool, prelude); }
+    void average_pool(std::pair<std::int64_t, std::int64_t> window, std::pair<std::int64_t, std::int64_t> step, bool prelude) {
+        Layer& layer = add(Kind::average_pool, prelude);
+        layer.window[0] = window.first;
+        layer.window[1] = window.second;
+        layer.step[0] = step.first;
+        layer.step[1] = step.second;
+    }
+    void rearrange(const Shape& shape, bool prelude) { add(Kind::rearrange, prelude).shape = shape; }
     void reshape(bool merge, std::int64_t positions, bool prelude) {
-        Layer layer;
-        layer.kind = merge ? Kind::merge_rows : Kind::split_rows;
-        layer.positions = positions;
-        layer.prelude = prelude;
-        program.layers.push_back(layer);
+        add(merge ? Kind::merge_rows : Kind::split_rows, prelude).positions = positions;
     }
     Prepared* prepare(const std::string& instruction_set, bool doubles) const {
         return new Prepared(program, instruction_set, doubles);
     }
+
+   private:
+    Layer& add(Kind kind, bool prelude) {
+        Layer layer;
+        layer.kind = kind;
+        layer.prelude = prelude;
+        program.layers.push_back(layer);
+        return program.layers.back();
+    }
+    Layer& add(Kind kind, std::int64_t in_features, std::int64_t out_features, const Parameters& parameters) {
+        Layer& layer = add(kind, parameters.prelude);
+        layer.in_features = in_features;
+        layer.out_features = out_features;
+        layer.has_weight = parameters.has_weight;
+        layer.has_bias = parameters.has_bias;
+        layer.weight_adapts = parameters.weight_adapts;
+        layer.bias_adapts = parameters.bias_adapts;
+        layer.learns_rates = parameters.learns_rates;
+        layer.form = named(FORMS, parameters.form, "form");
+        return layer;
+    }
 };
 
 // Addresses: of support_x, support_y, query_x, query_y each with the numbers from task to task and from row to row; then
-// task_losses, support_losses, query_outputs; then of each linear layer weight, bias, weight_gradient, bias_gradient, rate_gradients, adapted_weight, adapted_bias. Rates: of each linear layer its
-// weight's and its bias's, empty for what does not adapt.
+// task_losses, support_losses, query_outputs; then of each layer with parameters weight, bias, weight_gradient,
+// bias_gradient, rate_gradients, adapted_weight, adapted_bias. Rates: of each such layer its weight's and its bias's, empty
+// for what does not adapt.
 constexpr std::size_t OF_DATA = 15, OF_LAYER = 7;
 
 bool run(Prepared& prepared, std::int64_t tasks, const std::vector<Address>& addresses,
          const std::vector<std::pair<Rates, Rates>>& rates, int threads) {
-    if (addresses.size() != OF_DATA + OF_LAYER * prepared.linear_layers() || rates.size() != prepared.linear_layers())
-        throw std::invalid_argument("addresses or rates do not fit the number of linear layers");
+    const std::size_t layers = prepared.layers_with_parameters();
+    if (addresses.size() != OF_DATA + OF_LAYER * layers || rates.size() != layers)
+        throw std::invalid_argument("addresses or rates do not fit the number of layers with parameters");
     TaskData data;
     data.tasks = tasks;
     RowData* const rows[] = {&data.support_x, &data.support_y, &data.query_x, &data.query_y};
@@ -128,7 +172,7 @@ bool run(Prepared& prepared, std::int64_t tasks, const std::vector<Address>& add
         const Address* a = addresses.data() + OF_DATA;
         auto rate = rates.begin();
         for (Layer& layer : layers) {
-            if (layer.kind != Kind::linear) continue;
+            if (!layer.has_parameters()) continue;
             layer.weight = at(a[0]);
             layer.bias = at(a[1]);
             layer.weight_gradient = at<void>(a[2]);
@@ -190,14 +234,29 @@ NB_MODULE(_cpu, m) {
           nb::arg("count"), nb::arg("given"), nb::arg("found"),
           "The four rules of an activation on flat arrays: x, dy, t_x, t_dy -> y, dx, t_y, t_dx.");
 
+    nb::class_<Parameters>(m, "Parameters")
+        .def(
+            "__init__",
+            [](Parameters* p, bool has_weight, bool has_bias, bool weight_adapts, bool bias_adapts, bool learns_rates,
+               const std::string& form, bool prelude) {
+                new (p) Parameters{has_weight, has_bias, weight_adapts, bias_adapts, learns_rates, form, prelude};
+            },
+            nb::arg("has_weight"), nb::arg("has_bias"), nb::arg("weight_adapts"), nb::arg("bias_adapts"),
+            nb::arg("learns_rates"), nb::arg("form"), nb::arg("prelude"));
     nb::class_<Builder>(m, "Builder")
-        .def(nb::init<const std::string&, const std::string&, std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool,
+        .def(nb::init<const std::string&, const std::string&, std::int64_t, std::int64_t, std::int64_t, const Shape&, bool,
                       bool, bool>(),
-             nb::arg("loss"), nb::arg("layout"), nb::arg("steps"), nb::arg("rows"), nb::arg("query_rows"),
-             nb::arg("in_features"), nb::arg("first_order"), nb::arg("gradient"), nb::arg("exports"))
-        .def("linear", &Builder::linear, nb::arg("in_features"), nb::arg("out_features"), nb::arg("has_bias"),
-             nb::arg("weight_adapts"), nb::arg("form"), nb::arg("prelude"), nb::arg("learns_rates"))
+             nb::arg("loss"), nb::arg("layout"), nb::arg("steps"), nb::arg("rows"), nb::arg("query_rows"), nb::arg("shape"),
+             nb::arg("first_order"), nb::arg("gradient"), nb::arg("exports"))
+        .def("linear", &Builder::linear, nb::arg("in_features"), nb::arg("out_features"), nb::arg("parameters"))
+        .def("conv", &Builder::conv, nb::arg("in_channels"), nb::arg("out_channels"), nb::arg("kernel"), nb::arg("stride"),
+             nb::arg("padding"), nb::arg("parameters"))
+        .def("norm", &Builder::norm, nb::arg("kind"), nb::arg("features"), nb::arg("length"), nb::arg("groups"),
+             nb::arg("eps"), nb::arg("parameters"))
         .def("pointwise", &Builder::pointwise, nb::arg("name"), nb::arg("constants"), nb::arg("prelude"))
+        .def("max_pool", &Builder::max_pool, nb::arg("prelude"))
+        .def("average_pool", &Builder::average_pool, nb::arg("window"), nb::arg("step"), nb::arg("prelude"))
+        .def("rearrange", &Builder::rearrange, nb::arg("shape"), nb::arg("prelude"))
         .def("reshape", &Builder::reshape, nb::arg("merge"), nb::arg("positions"), nb::arg("prelude"))
         .def("prepare", &Builder::prepare, nb::arg("instruction_set"), nb::arg("doubles"));
     nb::class_<Prepared>(m, "Prepared")

@@ -5,6 +5,9 @@
 
 #include "dense_weights.h"
 #include "factored_weights.h"
+#include "fast_norm.h"
+#include "ops/batch_norm.h"
+#include "ops/group_norm.h"
 #include "ops/losses.h"
 #include "ops/pointwise.h"
 #include "ops/reshape.h"
@@ -24,13 +27,13 @@ class Chain {
     Index last() const { return static_cast<Index>(stages.size()); }
 
     struct Fast {
-        FastLinear<T, Lanes>* layer;
+        FastStage<T>* layer;
     };
 
     const Program& program;
     const Index S;
     std::vector<std::unique_ptr<Stage<T>>> prelude, stages;  // what runs once, and what adapts or lies behind
-    std::vector<FastLinear<T, Lanes>*> fast;                 // those of the stages that adapt
+    std::vector<Fast> fast;                                  // those of the stages that adapt
     std::vector<Fast> fast_at;                               // by stage, null where it does not
     std::vector<Edge<T>> prelude_edges, edges;
     std::unique_ptr<Loss<T>> loss;
@@ -59,9 +62,13 @@ class Chain {
             case Kind::pointwise: return std::unique_ptr<Stage<T>>(new_pointwise<T>(layer));
             case Kind::merge_rows: return std::unique_ptr<Stage<T>>(new MergeRows<T>(layer.positions));
             case Kind::split_rows: return std::unique_ptr<Stage<T>>(new SplitRows<T>(layer.positions));
-            case Kind::linear: break;
+            case Kind::norm: return std::unique_ptr<Stage<T>>(new_norm(layer, adapts));
+            case Kind::linear: return std::unique_ptr<Stage<T>>(new_linear(layer, adapts));
+            default: return nullptr;  // of images, which have a chain of their own
         }
-        if (layer.form == Form::shared) return std::unique_ptr<Stage<T>>(new SharedLinear<T, Lanes>(layer));
+    }
+    Stage<T>* new_linear(const Layer& layer, bool& adapts) {
+        if (layer.form == Form::shared) return new SharedLinear<T, Lanes>(layer);
         FastLinear<T, Lanes>* made;
         if (!layer.weight_adapts)
             made = new BiasLinear<T, Lanes>(layer, program, !adapts, workspace_);
@@ -72,8 +79,20 @@ class Chain {
         else
             made = new FactoredLinear<T, Lanes>(layer, program, false, workspace_);
         adapts = true;
-        fast.push_back(made);
-        return std::unique_ptr<Stage<T>>(made);
+        fast.push_back({made});
+        return made;
+    }
+    Stage<T>* new_norm(const Layer& layer, bool& adapts) {
+        if (layer.norm == NormKind::batch) return new_norm_by<BatchNorm<T, Lanes>>(layer, adapts);
+        return new_norm_by<GroupNorm<T, Lanes>>(layer, adapts);
+    }
+    template <class Rules>
+    Stage<T>* new_norm_by(const Layer& layer, bool& adapts) {
+        if (layer.form == Form::shared) return new Rules(layer, program, false);
+        auto* made = new FastNorm<T, Lanes, Rules>(layer, program, !adapts);
+        adapts = true;
+        fast.push_back({made});
+        return made;
     }
 
     void connect(std::vector<std::unique_ptr<Stage<T>>>& stages, std::vector<Edge<T>>& edges, bool prelude) {
@@ -102,12 +121,12 @@ class Chain {
     bool keeps_steps() const {
         if (!program.gradient) return false;
         if (!program.first_order) return true;
-        for (const FastLinear<T, Lanes>* layer : fast)
-            if (layer->layer.learns_rates) return true;
+        for (const Fast& stage : fast)
+            if (stage.layer->layer.learns_rates) return true;
         return false;
     }
     void allocate(Arena& arena) {
-        for (const auto& stage : stages) fast_at.push_back({dynamic_cast<FastLinear<T, Lanes>*>(stage.get())});
+        for (const auto& stage : stages) fast_at.push_back({dynamic_cast<FastStage<T>*>(stage.get())});
         kept_ = keeps_steps() ? S : smaller<Index>(S, 1);
         fuse();
         allocate_prelude(arena);
@@ -117,34 +136,37 @@ class Chain {
             allocate_tangents(arena);
             allocate_t_cotangents(arena);
         }
-        for (const auto& stage : stages)
-            if (auto* pointwise = as_pointwise(stage.get())) pointwise->allocate(arena, kept_);
-        for (FastLinear<T, Lanes>* layer : fast) layer->allocate(arena);
+        for (const auto& stage : stages) stage->allocate(arena, kept_);
         allocate_loss(arena);
         if (program.exports) {
             Index longest = 0;
-            for (FastLinear<T, Lanes>* layer : fast) longest = larger(longest, layer->I);
+            for (const Fast& stage : fast) longest = larger(longest, stage.layer->I);
             row = arena.template take<T>(longest * Lanes::unit);
         }
         workspace_.allocate(arena);
     }
 
-    // A ReLU that works in place is done by the products of the linear layers beside it.
+    // A ReLU that works in place is done by the layers beside it. A norm works in place unless an activation reads what it
+    // would overwrite, or the steps share it.
     void fuse() {
         for (Index i = 1; i < last(); ++i) {
             auto* relu = dynamic_cast<Pointwise<T, Relu<T>>*>(stages[i].get());
             if (!relu || !stays_in_place(i)) continue;
-            if (auto* before = linear_at(i - 1)) before->relu_behind = relu->forward_is_done = true;
-            if (auto* behind = linear_at(i + 1)) behind->relu_before = relu->backward_is_done = true;
+            if (auto* before = gated_at(i - 1)) before->relu_behind = relu->forward_is_done = true;
+            if (auto* behind = gated_at(i + 1)) behind->relu_before = relu->backward_is_done = true;
         }
+        for (Index i = 0; i < last(); ++i)
+            if (auto* norm = dynamic_cast<NormStage<T, Lanes>*>(stages[i].get())) {
+                const auto* before = pointwise_at(i - 1);
+                norm->in_place = i > 0 && !(before && before->traits().from_output);
+            }
     }
 
     void allocate_prelude(Arena& arena) {
         for (Edge<T>& edge : prelude_edges)
             edge.value = {arena.template view<T>(edge.features, edge.columns),
                           arena.template view<T>(edge.features, edge.query_columns)};
-        for (const auto& stage : prelude)
-            if (auto* pointwise = as_pointwise(stage.get())) pointwise->allocate(arena, 1);
+        for (const auto& stage : prelude) stage->allocate(arena, 1);
     }
 
     // A view for each step that is kept, shared by the others, and one for the query.
@@ -259,8 +281,8 @@ class Chain {
     const PointwiseStage<T>* pointwise_at(Index i) const {
         return i < 0 || i >= last() ? nullptr : as_pointwise(stages[i].get());
     }
-    LinearStage<T, Lanes>* linear_at(Index i) const {
-        return i < 0 || i >= last() ? nullptr : dynamic_cast<LinearStage<T, Lanes>*>(stages[i].get());
+    GatedStage<T>* gated_at(Index i) const {
+        return i < 0 || i >= last() ? nullptr : dynamic_cast<GatedStage<T>*>(stages[i].get());
     }
     bool is_factored(Index i) const {
         return i >= 0 && i < last() && dynamic_cast<FactoredLinear<T, Lanes>*>(stages[i].get());

@@ -21,8 +21,8 @@ class DenseLinear final : public FastLinear<T, Lanes> {
     DenseLinear(const Layer& layer, const Program& program, bool first, Workspace<T>& workspace)
         : Base_(layer, program, first, workspace), keeps_steps(program.gradient) {}
 
-    void allocate(Arena& arena) override {
-        Base_::allocate(arena);
+    void allocate(Arena& arena, Index kept) override {
+        Base_::allocate(arena, kept);
         weights.resize(S + 1);
         for (Index k = 1; k <= S; ++k) {
             if (k == 1 || keeps_steps)
@@ -35,7 +35,7 @@ class DenseLinear final : public FastLinear<T, Lanes> {
     }
 
     void descend(Index k) override {
-        this->descend_bias(k);
+        Base_::descend(k);
         T* next = weights[k + 1].p;
         const T *shared = static_cast<const T*>(layer.weight), *from = k ? weights[k].p : shared;
         const T rate = this->weight_rate(k);
@@ -67,8 +67,7 @@ class DenseLinear final : public FastLinear<T, Lanes> {
             if (!this->first) outer_by_rows<T>(d, in->tangent[k], adjoint, stride(), 1, true, this->workspace);
         }
     }
-    void add_gradient(T* weight, T* bias) override {
-        this->add_bias_gradient(bias);
+    void add_weight_gradient(T* weight) override {
         if constexpr (Lanes::tasks) {
             constexpr Index L = LANES<T>;
             const Index count = O * I;
@@ -86,8 +85,8 @@ class DenseLinear final : public FastLinear<T, Lanes> {
         }
     }
     Index sum_length() const override { return O * I; }
-    Index sum_place(Index o, Index i) const override { return o * I + i; }
-    Index sum_run(Index i) const override { return I - i; }
+    Index pieces() const override { return O; }
+    Piece piece(Index o) const override { return {o * I, I, o * I}; }
     void adapted_row(Index o, T* row) override {
         if (S)
             std::memcpy(row, weights[S].p + o * stride() * U, I * U * sizeof(T));

@@ -19,14 +19,13 @@ class FactoredLinear final : public FastLinear<T, Lanes> {
    public:
     using Base_::Base_;
 
-    void allocate(Arena& arena) override {
-        Base_::allocate(arena);
+    void allocate(Arena& arena, Index kept) override {
+        Base_::allocate(arena, kept);
         const Index history = S * in->columns + in->query_columns;
         this->workspace.needs(Lanes::units(history) * spread<T>(larger(in->columns, in->query_columns)));
         this->workspace.needs(sum_workspace<T>(I, history));
     }
     void begin_tile() override { since = S; }
-    void descend(Index k) override { this->descend_bias(k); }
     void begin_adjoint() override {
         Base_::begin_adjoint();
         since = S;
@@ -35,8 +34,7 @@ class FactoredLinear final : public FastLinear<T, Lanes> {
         Base_::pull_back(k);
         since = k;
     }
-    void add_gradient(T* weight, T* bias) override {
-        this->add_bias_gradient(bias);
+    void add_weight_gradient(T* weight) override {
         add_runs_up<T>(adjoint_recent(1), adjoint_earlier(1), weight, this->workspace);
     }
     void adapted_row(Index o, T* row) override {
@@ -142,8 +140,8 @@ class FactoredInput final : public FastLinear<T, Lanes> {
    public:
     using Base_::Base_;
 
-    void allocate(Arena& arena) override {
-        Base_::allocate(arena);
+    void allocate(Arena& arena, Index kept) override {
+        Base_::allocate(arena, kept);
         const Index columns = in->columns, query_columns = in->query_columns;
         moved = arena.template view<T>(O, columns);
         t_sum = arena.template view<T>(O, columns);
@@ -163,7 +161,7 @@ class FactoredInput final : public FastLinear<T, Lanes> {
         if (S > 1) this->multiply(this->shared_weight(), x, base, {}, {});
     }
     void descend(Index k) override {
-        this->descend_bias(k);
+        Base_::descend(k);
         add_scaled(out->cotangent[k], moved, -this->weight_rate(k), k > 0);
     }
     void pull_back(Index k) override {
@@ -171,8 +169,7 @@ class FactoredInput final : public FastLinear<T, Lanes> {
         add_scaled(out->t_cotangent[k], t_sum, 1, t_sum.columns > 0);
         t_sum.columns = in->columns;
     }
-    void add_gradient(T* weight, T* bias) override {
-        this->add_bias_gradient(bias);
+    void add_weight_gradient(T* weight) override {
         Run<T> summed;
         if (t_sum.columns) summed = {t_sum, in->value[0], 1};
         add_runs_up<T>({out->cotangent[S], in->value[S], 1}, summed, weight, this->workspace);

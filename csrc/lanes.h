@@ -3,7 +3,7 @@
 // An activation is [features][columns] of vectors. TasksInLanes: a vector holds one row each of L tasks, a column is a row.
 // RowsInLanes: all of one task; a vector holds L of its rows. Products with weights that all lanes share are the same in
 // both. What differs is what belongs to a single task: its weights, and the rows of earlier steps in factored form. They
-// are vectors in the first layout and plain numbers in the second, and `unit` is their size.
+// are vectors in the first layout and plain numbers in the second: a `Unit`, of `unit` numbers.
 #pragma once
 
 #include <new>
@@ -16,6 +16,13 @@ template <class T>
 struct TasksInLanes {
     static constexpr bool tasks = true;
     static constexpr Index unit = LANES<T>;
+    using Unit = Vec<T>;
+    static MAML_FAST_INLINE Unit read(const T* p) { return load(p); }
+    static MAML_FAST_INLINE void write(T* p, Unit u) { store(p, u); }
+    static MAML_FAST_INLINE Unit same(T x) { return all(x); }             // for all tasks
+    static MAML_FAST_INLINE Unit over_rows(Vec<T> v) { return v; }        // each task's sum over its rows in v
+    static MAML_FAST_INLINE Vec<T> in_lanes(Unit u) { return u; }         // for each lane, its task's
+    static MAML_FAST_INLINE T over_tasks(Unit u) { return lane_sum<T>(u); }
     static constexpr Index columns(Index rows) { return rows; }
     // Rows of a history of so many columns, each a unit.
     static constexpr Index units(Index columns) { return columns; }
@@ -25,6 +32,13 @@ template <class T>
 struct RowsInLanes {
     static constexpr bool tasks = false;
     static constexpr Index unit = 1;
+    using Unit = T;
+    static MAML_FAST_INLINE Unit read(const T* p) { return *p; }
+    static MAML_FAST_INLINE void write(T* p, Unit u) { *p = u; }
+    static MAML_FAST_INLINE Unit same(T x) { return x; }
+    static MAML_FAST_INLINE Unit over_rows(Vec<T> v) { return lane_sum<T>(v); }
+    static MAML_FAST_INLINE Vec<T> in_lanes(Unit u) { return all(u); }
+    static MAML_FAST_INLINE T over_tasks(Unit u) { return u; }
     static constexpr Index columns(Index rows) { return ceil_div(rows, LANES<T>); }
     static constexpr Index units(Index columns) { return columns * LANES<T>; }
 };
@@ -98,6 +112,20 @@ struct Block {
         p = nullptr;
         bytes = 0;
     }
+};
+
+// Memory for the inside of one operation, as large as the largest of a tile needs.
+template <class T>
+class Workspace {
+   public:
+    void needs(Index numbers) { size_ = larger(size_, numbers); }
+    void allocate(Arena& arena) { p_ = arena.template take<T>(size_); }
+    View<T> view(Index features, Index columns) const { return {p_, spread<T>(columns), features, columns}; }
+    T* numbers() const { return p_; }
+
+   private:
+    T* p_ = nullptr;
+    Index size_ = 0;
 };
 
 // One column: lane j gets the row at rows[j], [features].

@@ -29,9 +29,9 @@ class Prepared {
         return session_->run(data, Pool::of_process(), threads);
     }
 
-    std::size_t linear_layers() const {
+    std::size_t layers_with_parameters() const {
         std::size_t count = 0;
-        for (const Layer& layer : description_.layers) count += layer.kind == Kind::linear;
+        for (const Layer& layer : description_.layers) count += layer.has_parameters();
         return count;
     }
 

@@ -1,6 +1,8 @@
 // What tests and benchmarks ask of an instruction set directly.
 #pragma once
 
+#include <memory>
+
 #include "meta_step.h"
 #include "ops/pointwise.h"
 #include "product.h"

@@ -9,9 +9,12 @@
 
 namespace maml_fast {
 
-enum class Kind { linear, pointwise, merge_rows, split_rows };
+enum class Kind { linear, pointwise, merge_rows, split_rows, conv, norm, max_pool, average_pool, rearrange };
 enum class Form { shared, factored, dense };  // of a linear layer's fast weights
 enum class Activation { relu, leaky_relu, tanh, sigmoid, silu, gelu, gelu_tanh, softplus, sine, scale };
+// Of which numbers a norm takes mean and variance: a channel's of all rows and positions, a row's of a group of channels, or
+// a row's of the last axes, so many numbers together.
+enum class NormKind { batch, group, layer };
 enum class LossKind { mse, cross_entropy, bce_with_logits, huber };
 
 // One operation of the chain, in order.
@@ -25,23 +28,36 @@ struct Layer {
     Activation activation = Activation::relu;
     double constants[2] = {0, 0};  // of the activation
 
+    // Images: rows [channels, height, width]. A convolution has in_features and out_features channels.
+    std::int64_t kernel = 1, stride = 1, padding = 0;  // of a convolution
+    std::int64_t window[2] = {1, 1}, step[2] = {1, 1};  // of an average, both ways; a maximum has windows 2x2 side by side
+    std::vector<std::int64_t> shape;                    // of a row behind a rearrangement
+
+    // A norm's weight (gamma) and bias (beta) have out_features numbers: its channels, or the last axes of a layer norm.
+    NormKind norm = NormKind::batch;
+    std::int64_t groups = 1;
+    double eps = 0;
+
+    // Of layers with parameters: linear, conv, norm.
     Form form = Form::shared;
-    bool has_bias = false;
-    bool weight_adapts = false;
-    bool learns_rates = false;           // whether rate_gradients is wanted
-    std::vector<double> weight_rates;    // [S]; empty: the weight does not adapt
-    std::vector<double> bias_rates;      // [S]; empty: the bias does not adapt
-    const void* weight = nullptr;        // [O, I]
-    const void* bias = nullptr;          // [O]
-    void* weight_gradient = nullptr;     // [O, I], summed over tasks
-    void* bias_gradient = nullptr;       // [O]
-    double* rate_gradients = nullptr;    // [2, S], of weight and bias
-    void* adapted_weight = nullptr;      // [T, O, I] after the inner steps; null: not wanted
-    void* adapted_bias = nullptr;        // [T, O]
+    bool has_weight = true, has_bias = false;
+    bool weight_adapts = false, bias_adapts = false;
+    bool learns_rates = false;         // whether rate_gradients is wanted
+    std::vector<double> weight_rates;  // [S]; empty: the weight does not adapt
+    std::vector<double> bias_rates;    // [S]; empty: the bias does not adapt
+    const void* weight = nullptr;      // [O, I]; of a convolution [O, I, kernel, kernel]
+    const void* bias = nullptr;        // [O]
+    void* weight_gradient = nullptr;   // of the weight's shape, summed over tasks
+    void* bias_gradient = nullptr;     // [O]
+    double* rate_gradients = nullptr;  // [2, S], of weight and bias
+    void* adapted_weight = nullptr;    // [T, ...] after the inner steps; null: not wanted
+    void* adapted_bias = nullptr;      // [T, O]
+
+    bool has_parameters() const { return kind == Kind::linear || kind == Kind::conv || kind == Kind::norm; }
 };
 
-// Where tasks go: one in each lane of the vectors, or one after another with their rows in the lanes.
-enum class Layout { tasks_in_lanes, rows_in_lanes };
+// Where tasks go: one in each lane of the vectors; or one after another, with their rows in the lanes, or their channels.
+enum class Layout { tasks_in_lanes, rows_in_lanes, channels_in_lanes };
 
 struct Program {
     std::vector<Layer> layers;
@@ -51,6 +67,7 @@ struct Program {
     std::int64_t rows = 1;          // N
     std::int64_t query_rows = 1;    // M
     std::int64_t in_features = 1;   // of a row of the data
+    std::vector<std::int64_t> shape;  // of a row of the data, where channels are in lanes
     bool first_order = false;
     bool gradient = true;
     bool exports = false;  // whether the adapted parameters are wanted

@@ -107,11 +107,13 @@ MAML_FAST_INLINE Vec<T> lane_sums(Vec<T>* v) {
     }
 }
 
-template <class T>
+// Halves are added to halves.
+template <class T, int H = LANES<T> / 2>
 MAML_FAST_INLINE T lane_sum(Vec<T> v) {
-    T sum = 0;
-    for (int j = 0; j < LANES<T>; ++j) sum += v[j];
-    return sum;
+    if constexpr (H == 0)
+        return v[0];
+    else
+        return lane_sum<T, H / 2>(v + blocks_of<T, H, 1>(v, v));
 }
 
 // Rows and columns of L vectors change places.

@@ -27,6 +27,9 @@ class Stage {
    public:
     virtual ~Stage() = default;
 
+    // Memory of its own, once the edges are known. `kept`: how many inner steps have some of their own; the query has.
+    virtual void allocate(Arena&, Index) {}
+
     virtual void forward(Index k) = 0;
     virtual void backward(Index k) = 0;
     virtual void tangent(Index k) = 0;

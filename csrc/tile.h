@@ -9,52 +9,40 @@
 
 namespace maml_fast::MAML_FAST_ISA {
 
-// A chunk's sums over its tasks. The places are the same for every chunk of a program.
-template <class T>
-struct Partial {
-    T* numbers;     // of each layer that adapts: weight, bias
-    double* rates;  // of each layer that adapts: [2, S]
-};
-
 template <class T, class Lanes>
 class Tile {
    public:
     static constexpr Index L = LANES<T>;
     static constexpr Index most_tasks = Lanes::tasks ? L : 1;
+    static constexpr bool begins_with_zeros = false;  // what its memory must hold
 
     // With an arena that only counts, a tile to ask for sizes.
     Tile(const Program& program, Arena& arena) : chain_(program, arena), program_(program), S(program.steps) {
-        for (FastLinear<T, Lanes>* layer : chain_.fast) {
-            Place place{layer, sum_numbers_, 0};
-            place.bias = place.weight + ceil_div(layer->sum_length(), L) * L;
-            sum_numbers_ = place.bias + ceil_div(layer->O, L) * L;
-            places_.push_back(place);
-        }
+        for (const Fast& stage : chain_.fast) sum_numbers_ = put_sums<T>(stage.layer, sum_numbers_, places_);
     }
+
+    // Before the tasks that a thread takes of a call: parameters may have changed.
+    void begin_call() {}
 
     // Tasks first .. first + count - 1; adds what they give to `sums`.
     void run(const TaskData& data, Index first, Index count, const Partial<T>& sums) {
         load(data, first, count);
         for (const auto& stage : chain_.prelude)
             for (Index pass : {0, 1}) stage->forward(pass);
-        for (FastLinear<T, Lanes>* layer : chain_.fast) layer->begin_tile();
+        for (const Fast& stage : chain_.fast) stage.layer->begin_tile();
         adapt(data, first, count);
         query(data, first, count);
         export_adapted(first, count);
         if (program_.gradient) pull_back(sums);
     }
 
-    // Where a layer's sums lie, in numbers from the start.
-    struct Place {
-        const FastLinear<T, Lanes>* layer;
-        Index weight, bias;
-    };
     const std::vector<Place>& places() const { return places_; }
     Index sum_numbers() const { return sum_numbers_; }
     Index rate_numbers() const { return 2 * S * static_cast<Index>(chain_.fast.size()); }
 
    private:
     using Pass = LossPass<T>;
+    using Fast = typename Chain<T, Lanes>::Fast;
 
     // ---- data
 
@@ -122,7 +110,7 @@ class Tile {
         for (const auto& stage : chain_.stages) stage->forward(k);
     }
     void backward(Index k) {
-        for (Index i = chain_.last() - 1; i > 0; --i) chain_.stages[i]->backward(k);  // nothing adapts below the first
+        for (Index i = chain_.last() - 1; i >= 0; --i) chain_.stages[i]->backward(k);
     }
 
     void adapt(const TaskData& data, Index first, Index count) {
@@ -131,7 +119,7 @@ class Tile {
             const Vec<T> losses = chain_.loss->value(chain_.passes[k]);
             put_losses(losses, static_cast<T*>(data.support_losses) + first * S + k, S, count);
             backward(k);
-            for (FastLinear<T, Lanes>* layer : chain_.fast) layer->descend(k);
+            for (const Fast& stage : chain_.fast) stage.layer->descend(k);
         }
     }
 
@@ -155,18 +143,18 @@ class Tile {
     void pull_back(const Partial<T>& sums) {
         if (chain_.fast.empty()) return;
         backward(S);
-        for (FastLinear<T, Lanes>* layer : chain_.fast) layer->begin_adjoint();
+        for (const Fast& stage : chain_.fast) stage.layer->begin_adjoint();
         for (Index k = S - 1; k >= 0; --k) {
             add_rate_gradients(k, sums.rates);
             if (chain_.second_order()) hessian_product(k);
         }
         for (std::size_t i = 0; i < chain_.fast.size(); ++i)
-            chain_.fast[i]->add_gradient(sums.numbers + places_[i].weight, sums.numbers + places_[i].bias);
+            chain_.fast[i].layer->add_gradient(sums.numbers + places_[i].weight, sums.numbers + places_[i].bias);
     }
 
     void add_rate_gradients(Index k, double* rates) {
-        for (FastLinear<T, Lanes>* layer : chain_.fast) {
-            if (layer->layer.learns_rates) layer->add_rate_gradients(k, rates, rates + S);
+        for (const Fast& stage : chain_.fast) {
+            if (stage.layer->layer.learns_rates) stage.layer->add_rate_gradients(k, rates, rates + S);
             rates += 2 * S;
         }
     }
@@ -177,14 +165,15 @@ class Tile {
         chain_.loss->tangent(chain_.passes[k], out.tangent[k], out.t_cotangent[k]);
         for (Index i = chain_.last() - 1; i >= 0; --i) {
             chain_.stages[i]->tangent_backward(k);
-            if (FastLinear<T, Lanes>* layer = chain_.fast_at[i].layer) layer->pull_back(k);
+            if (FastStage<T>* layer = chain_.fast_at[i].layer) layer->pull_back(k);
         }
     }
 
     // The adapted parameters of each task, for those who asked.
     void export_adapted(Index first, Index count) {
         if (!program_.exports) return;
-        for (FastLinear<T, Lanes>* layer : chain_.fast) {
+        for (const Fast& stage : chain_.fast) {
+            FastStage<T>* layer = stage.layer;
             const Index O = layer->O, I = layer->I;
             if (T* to = static_cast<T*>(layer->layer.adapted_weight))
                 for (Index o = 0; o < O; ++o) {
@@ -194,8 +183,7 @@ class Tile {
                 }
             if (T* to = static_cast<T*>(layer->layer.adapted_bias))
                 for (Index o = 0; o < O; ++o)
-                    for (Index j = 0; j < count; ++j)
-                        to[(first + j) * O + o] = layer->adapted_bias(o, j);
+                    for (Index j = 0; j < count; ++j) to[(first + j) * O + o] = layer->adapted_bias(o, j);
         }
     }
 

@@ -149,6 +149,21 @@ MAML_FAST_INLINE Vec<T> softplus(Vec<T> x) {
     return positive_part<T>(x) + log1p<T>(exp<T>(-magnitude<T>(x)));
 }
 
+// 1 / sqrt(x)
+inline float root_of(float x) { return ::sqrtf(x); }
+inline double root_of(double x) { return ::sqrt(x); }
+template <class T>
+MAML_FAST_INLINE T one_over_root(T x) {
+    return T(1) / root_of(x);
+}
+template <class T>
+MAML_FAST_INLINE Vec<T> one_over_root(Vec<T> x) {
+    T roots[LANES<T>];  // the compiler makes one instruction of it
+    store(roots, x);
+    for (int j = 0; j < LANES<T>; ++j) roots[j] = root_of(roots[j]);
+    return T(1) / load(roots);
+}
+
 inline float erf_of(float x) { return ::erff(x); }
 inline double erf_of(double x) { return ::erf(x); }
 inline float sin_of(float x) { return ::sinf(x); }

@@ -21,6 +21,9 @@ CACHE_BYTES = 512 << 10  # what a tile's weights may take before they come from 
 NEAR, FAR = 32.0, 10.0  # bytes a cycle from there, and from further away
 TURN = 4.0  # cycles a vector to turn rows of numbers into rows of features
 SUM = 3.0  # cycles a vector to sum its lanes
+# A norm's cycles a vector: forward and backward together, and their tangents; and beside them a
+# feature, a pass. Norms of a row's features make their gradients' sums in passes of their own.
+NORM_OF_ROWS, NORM_OF_FEATURES, NORM_FEATURE = (12.0, 16.0), (16.0, 32.0), 10.0
 FEW_COLUMNS = {1: 0.5, 2: 0.75}  # of the multiply-adds are done where a product has so few columns
 TILE = 4000.0  # cycles of a tile beside its layers: data in and out, losses
 # Threads that a few large tiles are assumed to run on. Not those there are: the same call gives the
@@ -34,6 +37,18 @@ class Machine:
 
     lanes: int
     vector_bytes: int
+
+
+@dataclass(frozen=True)
+class NormUse:
+    """What a norm of flat rows goes through in one task's meta-step."""
+
+    features: int
+    rows: int
+    query_rows: int
+    inner_steps: int
+    first_order: bool
+    of_rows: bool  # its statistics are over rows, as a batch norm's
 
 
 @dataclass(frozen=True)
@@ -51,10 +66,29 @@ def choose(
     tasks: int,
     fast_weights: str,
     machine: Machine,
+    norms: Sequence[NormUse] = (),
 ) -> Choice:
-    """The cheapest; `uses` are the layers that adapt, the first first."""
-    choices = [_in_layout(uses, fast_weights, machine, name) for name in LAYOUTS]
+    """The cheapest; `uses` are the linear layers that adapt, the first first."""
+    choices = [_in_layout(uses, fast_weights, machine, name, norms) for name in LAYOUTS]
     return min(choices, key=lambda choice: total_cycles(choice, tasks))
+
+
+def choose_images(
+    uses: Sequence[LayerUse],
+    tasks: int,
+    fast_weights: str,
+    machine: Machine,
+) -> Choice:
+    """Where channels are in lanes: all weights are dense, one task is a tile."""
+    cycles = TILE
+    for use in uses:
+        down = 0 if use.first else 1
+        passes = use.inner_steps * (2 + down) * use.rows + (2 + down) * use.query_rows
+        if not use.first_order:
+            passes += use.inner_steps * (2 + 4 * down) * use.rows
+        vectors = -(-use.out_features // machine.lanes)
+        cycles += passes * use.in_features * vectors / 2
+    return Choice("channels_in_lanes", ("dense",) * len(uses), cycles, 1)
 
 
 def total_cycles(choice: Choice, tasks: int, threads: int = THREADS) -> float:
@@ -64,16 +98,31 @@ def total_cycles(choice: Choice, tasks: int, threads: int = THREADS) -> float:
 
 
 def _in_layout(
-    uses: Sequence[LayerUse], fast_weights: str, machine: Machine, layout: str
+    uses: Sequence[LayerUse],
+    fast_weights: str,
+    machine: Machine,
+    layout: str,
+    norms: Sequence[NormUse],
 ) -> Choice:
-    forms, cycles = [], TILE
+    tasks = layout == "tasks_in_lanes"
+    forms, cycles = [], TILE + sum(_norm(norm, machine, tasks) for norm in norms)
     for use in uses:
-        layer = LayerCycles(use, machine, tasks=layout == "tasks_in_lanes")
+        layer = LayerCycles(use, machine, tasks)
         costs = {"factored": layer.factored(), "dense": layer.dense()}
         form = fast_weights if fast_weights != "auto" else min(costs, key=lambda f: costs[f])
         forms.append(form)
         cycles += costs[form]
     return Choice(layout, tuple(forms), cycles, machine.lanes if layout == "tasks_in_lanes" else 1)
+
+
+def _norm(use: NormUse, machine: Machine, tasks: bool) -> float:
+    """The cycles of one norm in a tile's whole meta-step."""
+    rows, queries = (n if tasks else -(-n // machine.lanes) for n in (use.rows, use.query_rows))
+    once, tangents = NORM_OF_ROWS if use.of_rows else NORM_OF_FEATURES
+    cycles = (rows * use.inner_steps + queries) * once + (use.inner_steps + 1) * 2 * NORM_FEATURE
+    if not use.first_order:
+        cycles += use.inner_steps * (rows * tangents + 2 * NORM_FEATURE)
+    return cycles * use.features
 
 
 class LayerCycles:

@@ -13,7 +13,24 @@ import torch
 from maml_fast import cpu_cost, cpu_features
 from maml_fast.cost import cost_of
 from maml_fast.layers import Asked, LayerPlan, Shapes, Variant
-from maml_fast.ops import Linear, MergeRows, Operation, SplitRows
+from maml_fast.ops import (
+    AveragePool,
+    BatchNorm,
+    Conv2d,
+    GlobalMean,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    MaxPool,
+    MergeRows,
+    Norm,
+    Operation,
+    SplitRows,
+    Weighted,
+)
+from maml_fast.ops.reshape import Rearrange
+
+IMAGES = "channels_in_lanes"
 
 
 @dataclass(frozen=True)
@@ -55,8 +72,20 @@ def refusals(layers: Sequence[LayerPlan], shapes: Shapes) -> list[str]:
     return [
         f"layer '{layer.link.name}' ({layer.link.op}): has no C++ operation"
         for layer in layers
-        if isinstance(layer.link.op, Operation) and layer.link.op.native is None
+        if not _has(layer)
     ]
+
+
+def _has(layer: LayerPlan) -> bool:
+    op = layer.link.op
+    return isinstance(op, Weighted) or op.native is not None
+
+
+def is_spatial(layer: LayerPlan) -> bool:
+    """Whether the layer wants images, channels in the lanes of vectors."""
+    op = layer.link.op
+    images = (Conv2d, MaxPool, AveragePool, GlobalMean)
+    return isinstance(op, images) or (isinstance(op, Norm) and len(layer.features) > 1)
 
 
 def plan_for_cpu(
@@ -68,7 +97,11 @@ def plan_for_cpu(
     itemsize = shapes.dtype.itemsize
     machine = cpu_cost.Machine(vector_bytes // itemsize, vector_bytes)
     uses = [layer.use for layer in layers if layer.use is not None]
-    choice = cpu_cost.choose(uses, shapes.tasks, asked.fast_weights, machine)
+    if any(map(is_spatial, layers)):
+        choice = cpu_cost.choose_images(uses, shapes.tasks, asked.fast_weights, machine)
+    else:
+        norms = [_norm_use(layer, asked, shapes) for layer in layers if _is_norm(layer)]
+        choice = cpu_cost.choose(uses, shapes.tasks, asked.fast_weights, machine, norms)
     forms = iter(choice.forms)
     planned = []
     for layer in layers:
@@ -81,6 +114,21 @@ def plan_for_cpu(
     variant = Variant.planned(asked, shapes, adapting)
     sizes = prepare(planned, plan, variant, shapes).sizes(shapes.tasks)
     return planned, replace(plan, arena_bytes=sizes["arena_bytes"], chunks=sizes["chunks"])
+
+
+def _is_norm(layer: LayerPlan) -> bool:
+    return isinstance(layer.link.op, Norm)
+
+
+def _norm_use(layer: LayerPlan, asked: Asked, shapes: Shapes) -> cpu_cost.NormUse:
+    return cpu_cost.NormUse(
+        math.prod(layer.features),
+        shapes.support[0],
+        shapes.query[0],
+        asked.inner_steps,
+        asked.first_order,
+        of_rows=isinstance(layer.link.op, BatchNorm),
+    )
 
 
 def prepare(
@@ -96,30 +144,68 @@ def prepare(
         steps=variant.inner_steps,
         rows=variant.rows,
         query_rows=variant.query_rows,
-        in_features=math.prod(shapes.support[1:]),
+        shape=list(shapes.support[1:]),
         first_order=variant.first_order,
         gradient=variant.gradient,
         exports=variant.exports,
     )
     for layer in layers:
-        op, prelude = layer.link.op, layer.prelude
-        if isinstance(op, Linear):
-            builder.linear(
-                in_features=op.in_features,
-                out_features=op.out_features_,
-                has_bias=op.bias is not None,
-                weight_adapts=op.weight in variant.adapting,
-                form=layer.form,
-                prelude=prelude,
-                learns_rates=not variant.learning.isdisjoint((op.weight, op.bias)),
-            )
-        elif isinstance(op, (MergeRows, SplitRows)):
-            merge = isinstance(op, MergeRows)
-            positions = math.prod(layer.features[:-1]) if merge else layer.positions
-            builder.reshape(merge=merge, positions=positions, prelude=prelude)
+        if isinstance(layer.link.op, Weighted):
+            _add_weighted(builder, layer, variant)
         else:
-            assert op.native is not None  # see `refusals`
-            name, constants = op.native
-            if name != "reshape":  # those keep the order of a row's features
-                builder.pointwise(name, list(constants), prelude)
+            _add(builder, layer, images=plan.layout == IMAGES)
     return builder.prepare(plan.instruction_set, shapes.dtype == torch.float64)
+
+
+def _add_weighted(builder: Any, layer: LayerPlan, variant: Variant) -> None:
+    op = layer.link.op
+    assert isinstance(op, Weighted)
+    parameters = cpu_features.extension().Parameters(
+        has_weight=op.weight is not None,
+        has_bias=op.bias is not None,
+        weight_adapts=op.weight in variant.adapting,
+        bias_adapts=op.bias in variant.adapting,
+        learns_rates=not variant.learning.isdisjoint(op.parameters),
+        form=layer.form,
+        prelude=layer.prelude,
+    )
+    if isinstance(op, Linear):
+        builder.linear(op.in_features, op.out_features_, parameters)
+    elif isinstance(op, Conv2d):
+        builder.conv(op.in_channels, op.out_channels, op.kernel, op.stride, op.padding, parameters)
+    else:
+        assert isinstance(op, (BatchNorm, GroupNorm, LayerNorm))
+        length = math.prod(op.shape) if isinstance(op, LayerNorm) else op.channels
+        groups = op.groups if isinstance(op, GroupNorm) else 1
+        features = math.prod(layer.features)
+        builder.norm(NORM_KINDS[type(op)], features, length, groups, op.eps, parameters)
+
+
+NORM_KINDS = {BatchNorm: "batch", GroupNorm: "group", LayerNorm: "layer"}
+
+
+def _add(builder: Any, layer: LayerPlan, images: bool) -> None:
+    """An operation without parameters."""
+    op, prelude = layer.link.op, layer.prelude
+    if isinstance(op, (MergeRows, SplitRows)) and not images:
+        merge = isinstance(op, MergeRows)
+        positions = math.prod(layer.features[:-1]) if merge else layer.positions
+        builder.reshape(merge=merge, positions=positions, prelude=prelude)
+    elif isinstance(op, MergeRows):
+        builder.rearrange(shape=list(layer.features[-1:]), prelude=prelude)
+    elif isinstance(op, SplitRows):
+        builder.rearrange(shape=[*op.positions, *layer.features], prelude=prelude)
+    elif isinstance(op, Rearrange):
+        if images:  # elsewhere it keeps the order of a row's features
+            builder.rearrange(shape=list(op.out_features(layer.features)), prelude=prelude)
+    elif isinstance(op, MaxPool):
+        builder.max_pool(prelude=prelude)
+    elif isinstance(op, AveragePool):
+        builder.average_pool(window=op.kernel, step=op.stride, prelude=prelude)
+    elif isinstance(op, GlobalMean):
+        size = layer.features[1:]
+        builder.average_pool(window=size, step=size, prelude=prelude)
+    else:
+        assert isinstance(op, Operation) and op.native is not None  # see `refusals`
+        name, constants = op.native
+        builder.pointwise(name, list(constants), prelude)

@@ -2,25 +2,10 @@
 // forms (fast_weights.h) are made of.
 #pragma once
 
-#include "product.h"
+#include "gated.h"
 #include "program.h"
-#include "stage.h"
 
 namespace maml_fast::MAML_FAST_ISA {
-
-// Memory for the inside of one operation, as large as the largest of a tile needs.
-template <class T>
-class Workspace {
-   public:
-    void needs(Index numbers) { size_ = larger(size_, numbers); }
-    void allocate(Arena& arena) { p_ = arena.template take<T>(size_); }
-    View<T> view(Index features, Index columns) const { return {p_, spread<T>(columns), features, columns}; }
-    T* numbers() const { return p_; }
-
-   private:
-    T* p_ = nullptr;
-    Index size_ = 0;
-};
 
 template <class T>
 Columns<T> columns_of(const View<T>& x) {
@@ -45,12 +30,6 @@ Product<T> into(const View<T>& z, Base<T> base = {}, Gate<T> gate = {}) {
     p.c = z.p;
     p.c_by_a = z.by_feature;
     return p;
-}
-
-// Masks a result like that of a ReLU whose output is y.
-template <class T>
-Gate<T> mask_by(const View<T>& y) {
-    return {Gate<T>::mask, y.p, y.by_feature};
 }
 
 // left x, the sum of one product: `left` [rows][x.features].
@@ -194,37 +173,17 @@ MAML_FAST_INLINE Vec<T> column_sum(const View<T>& d, Index o) {
     if (n < d.columns) even += load(p + n * LANES<T>);
     return even + odd;
 }
-// sums[o], a unit each: the sum of a task's rows of d[o].
+// What all forms of a linear layer have: the weights that the tasks share. The ReLUs beside it are done by its products.
 template <class T, class Lanes>
-void column_sums(const View<T>& d, T* sums, bool add) {
-    for (Index o = 0; o < d.features; ++o) {
-        const Vec<T> sum = column_sum(d, o);
-        if constexpr (Lanes::tasks) {
-            T* at = sums + o * LANES<T>;
-            store(at, add ? load(at) + sum : sum);
-        } else {
-            sums[o] = (add ? sums[o] : T(0)) + lane_sum<T>(sum);
-        }
-    }
-}
-
-// What all forms of a linear layer have: the weights that the tasks share, and the ReLUs beside the layer, which its products
-// do on the way.
-template <class T, class Lanes>
-class LinearStage : public Stage<T> {
+class LinearStage : public GatedStage<T> {
    public:
     explicit LinearStage(const Layer& layer) : layer(layer), O(layer.out_features), I(layer.in_features) {}
 
     const Layer& layer;
     const Index O, I;
-    bool relu_before = false, relu_behind = false;
 
    protected:
-    Gate<T> value_gate() const { return relu_behind ? Gate<T>{Gate<T>::rectify, nullptr, 0} : Gate<T>{}; }
-    Gate<T> tangent_gate(Index k) const { return relu_behind ? mask_by(this->out->value[k]) : Gate<T>{}; }
-    Gate<T> cotangent_gate(Index k) const { return relu_before ? mask_by(this->in->value[k]) : Gate<T>{}; }
-
-    Base<T> shared_bias() const {
+    Base<T> shared_bias_base() const {
         if (!layer.has_bias) return {};
         return {Base<T>::number, static_cast<const T*>(layer.bias), 1, 0};
     }
@@ -245,7 +204,7 @@ class SharedLinear final : public LinearStage<T, Lanes> {
     using LinearStage<T, Lanes>::LinearStage;
 
     void forward(Index k) override {
-        this->multiply(this->shared_weight(), this->in->value[k], this->out->value[k], this->shared_bias(),
+        this->multiply(this->shared_weight(), this->in->value[k], this->out->value[k], this->shared_bias_base(),
                        this->value_gate());
     }
     void backward(Index k) override {

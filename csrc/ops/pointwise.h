@@ -138,8 +138,6 @@ template <class T>
 class PointwiseStage : public Stage<T> {
    public:
     virtual PointwiseTraits traits() const = 0;
-    // `kept`: how many inner steps have memory of their own; the query has.
-    virtual void allocate(Arena& arena, Index kept) = 0;
 
     // Whether the layers before and behind do its work (Tile::fuse).
     bool forward_is_done = false, backward_is_done = false;
@@ -232,22 +230,34 @@ class Pointwise final : public PointwiseStage<T> {
     std::vector<View<T>> slope_, curve_;  // [S + 1]
 };
 
-// The one list.
+template <class F>
+struct TypeOf {
+    using type = F;
+};
+
+// The one list: calls use(TypeOf<the activation's struct>).
+template <class T, class Use>
+auto with_activation(Activation activation, Use use) {
+    switch (activation) {
+        case Activation::relu: break;
+        case Activation::leaky_relu: return use(TypeOf<LeakyRelu<T>>());
+        case Activation::tanh: return use(TypeOf<Tanh<T>>());
+        case Activation::sigmoid: return use(TypeOf<Sigmoid<T>>());
+        case Activation::silu: return use(TypeOf<Silu<T>>());
+        case Activation::gelu: return use(TypeOf<Gelu<T>>());
+        case Activation::gelu_tanh: return use(TypeOf<GeluTanh<T>>());
+        case Activation::softplus: return use(TypeOf<Softplus<T>>());
+        case Activation::sine: return use(TypeOf<Sine<T>>());
+        case Activation::scale: return use(TypeOf<Scale<T>>());
+    }
+    return use(TypeOf<Relu<T>>());
+}
+
 template <class T>
 PointwiseStage<T>* new_pointwise(const Layer& layer) {
-    switch (layer.activation) {
-        case Activation::relu: return new Pointwise<T, Relu<T>>(layer);
-        case Activation::leaky_relu: return new Pointwise<T, LeakyRelu<T>>(layer);
-        case Activation::tanh: return new Pointwise<T, Tanh<T>>(layer);
-        case Activation::sigmoid: return new Pointwise<T, Sigmoid<T>>(layer);
-        case Activation::silu: return new Pointwise<T, Silu<T>>(layer);
-        case Activation::gelu: return new Pointwise<T, Gelu<T>>(layer);
-        case Activation::gelu_tanh: return new Pointwise<T, GeluTanh<T>>(layer);
-        case Activation::softplus: return new Pointwise<T, Softplus<T>>(layer);
-        case Activation::sine: return new Pointwise<T, Sine<T>>(layer);
-        case Activation::scale: return new Pointwise<T, Scale<T>>(layer);
-    }
-    return nullptr;
+    return with_activation<T>(layer.activation, [&](auto of) -> PointwiseStage<T>* {
+        return new Pointwise<T, typename decltype(of)::type>(layer);
+    });
 }
 
 }  // namespace maml_fast::MAML_FAST_ISA

@@ -15,7 +15,7 @@ from torch import Tensor
 from maml_fast.backends.addresses import address, in_memory
 from maml_fast.cpu_plan import prepare
 from maml_fast.layers import Variant
-from maml_fast.ops import Linear
+from maml_fast.ops import Weighted
 from maml_fast.plan import Plan
 from maml_fast.problem import FlatGradients, Outcome, Problem, TaskBatch
 
@@ -50,9 +50,8 @@ class AdaptedByCpu:
         adapted = {
             name: query_x.new_empty(tasks, *self._problem.parameters[name].shape)
             for layer in self._plan.layers
-            if isinstance(layer.link.op, Linear) and layer.form != "shared"
-            for name in (layer.link.op.weight, layer.link.op.bias)
-            if name is not None
+            if isinstance(layer.link.op, Weighted) and layer.form != "shared"
+            for name in layer.link.op.parameters
         }
         self._run(query_x, adapted)
         return found | adapted
@@ -81,17 +80,25 @@ class Program:
     def __init__(self, plan: Plan, variant: Variant, problem: Problem) -> None:
         self.variant = variant
         self.output, self.dtype = plan.output[1:], plan.shapes.dtype
-        ops = [layer.link.op for layer in plan.layers if isinstance(layer.link.op, Linear)]
+        ops = [layer.link.op for layer in plan.layers if isinstance(layer.link.op, Weighted)]
         assert plan.cpu is not None
         self.prepared = prepare(plan.layers, plan.cpu, variant, plan.shapes)
-        used = {name for op in ops for name in (op.weight, op.bias)}
+        used = {name for op in ops for name in op.parameters}
         self.unused = [name for name in variant.adapting if name not in used]
         self.like = [problem.parameters[name].detach() for name in variant.adapting]
         sizes = [parameter.numel() for parameter in self.like]
         itemsize = plan.shapes.dtype.itemsize
         starts = {name: itemsize * sum(sizes[:i]) for i, name in enumerate(variant.adapting)}
         # Each layer, and where the gradients of its weight and bias begin, in bytes; -1: nowhere
-        self.linear = [(op, starts.get(op.weight, -1), starts.get(op.bias or "", -1)) for op in ops]
+        self.layers = [
+            (
+                op.weight or "",
+                op.bias or "",
+                starts.get(op.weight or "", -1),
+                starts.get(op.bias or "", -1),
+            )
+            for op in ops
+        ]
         self.numbers = sum(sizes)
 
     def run(
@@ -112,22 +119,21 @@ class Program:
         addresses += (losses.data_ptr(), support_losses.data_ptr(), outputs.data_ptr())
         rates = []
         parameters, values = problem.parameters, problem.rates.values
-        for op, weight_start, bias_start in self.linear:
-            bias = op.bias or ""
+        for weight, bias, weight_start, bias_start in self.layers:
             by_step = None
-            if variant.learning and not variant.learning.isdisjoint((op.weight, bias)):
+            if variant.learning and not variant.learning.isdisjoint((weight, bias)):
                 by_step = torch.empty(2, variant.inner_steps, dtype=torch.float64)
             rate_gradients.append(by_step)
             addresses += (
-                address(parameters[op.weight], alive),
+                address(parameters[weight], alive) if weight else 0,
                 address(parameters[bias], alive) if bias else 0,
                 flat_start + weight_start if flat_start and weight_start >= 0 else 0,
                 flat_start + bias_start if flat_start and bias_start >= 0 else 0,
                 address(by_step, alive),
-                address(adapted.get(op.weight), alive) if adapted else 0,
+                address(adapted.get(weight), alive) if adapted else 0,
                 address(adapted.get(bias), alive) if adapted else 0,
             )
-            rates.append((values.get(op.weight, ()), values.get(bias, ())))
+            rates.append((values.get(weight, ()), values.get(bias, ())))
         finite = self.prepared.run(tasks, addresses, rates, torch.get_num_threads())
         outcome = Outcome(losses, support_losses, outputs, finite=finite)
         if flat is not None:
@@ -142,9 +148,9 @@ class Program:
         if not learning:
             return {}
         found = {name: like.new_zeros(self.variant.inner_steps) for name in learning}
-        for (op, *_), by_step in zip(self.linear, rate_gradients, strict=True):
+        for (weight, bias, *_), by_step in zip(self.layers, rate_gradients, strict=True):
             if by_step is not None:
-                for name, gradient in zip((op.weight, op.bias), by_step, strict=True):
+                for name, gradient in zip((weight, bias), by_step, strict=True):
                     if name in learning:
                         found[name] = gradient.to(like.dtype)
         return found

@@ -1,0 +1,82 @@
+// One parameter of a layer and what becomes of it in a task: fast values, gradients, adjoint. The numbers are in the layer's
+// own order, whole vectors, 0 where no number of the parameter is.
+//
+//     theta_{k+1} = theta_k - eta_k g_k       lam = g_q, then lam = lam + H_k (-eta_k lam)      dloss/deta_k = -<g_k, lam>
+#pragma once
+
+#include <vector>
+
+#include "lanes.h"
+
+namespace maml_fast::MAML_FAST_ISA {
+
+template <class T>
+class FastParameter {
+   public:
+    // `wanted`: there is such a parameter. `adapts`: it has rates; then memory for S steps.
+    void allocate(Arena& arena, Index numbers, bool wanted, bool adapts, Index steps, bool gradient, bool second_order,
+                  bool learns_rates) {
+        numbers_ = numbers;
+        adapts_ = wanted && adapts;
+        S = steps;
+        shared_ = arena.template take<T>(numbers);
+        values_.assign(S + 1, {shared_});
+        gradients_.assign(S + 1, {nullptr});
+        if (!adapts_) return;
+        const bool keeps_values = gradient && second_order;
+        for (Index k = 1; k <= S; ++k) {
+            const bool own = k == 1 || keeps_values;
+            values_[k] = own ? Numbers<T>{arena.template take<T>(numbers)} : values_[1];
+        }
+        for (Index k = 0; k < S; ++k) {
+            const bool own = k == 0 || learns_rates;
+            gradients_[k] = own ? Numbers<T>{arena.template take<T>(numbers)} : gradients_[0];
+        }
+        if (gradient) gradients_[S] = {arena.template take<T>(numbers)};
+        if (gradient && second_order && S) direction_ = arena.template take<T>(numbers);
+    }
+
+    bool adapts() const { return adapts_; }
+    Index numbers() const { return numbers_; }
+    T* shared() const { return shared_; }
+    const T* value(Index k) const { return adapts_ ? values_[k].p : shared_; }
+    // Of the support loss at step k, to be written by the layer's `backward`; at k = S the adjoint.
+    T* gradient(Index k) const { return gradients_[k].p; }
+    T* adjoint() const { return gradients_[S].p; }
+    // -eta_k lam, since `aim`; null: 0
+    const T* direction() const { return direction_; }
+
+    void descend(Index k, T rate) {
+        if (!adapts_) return;
+        const T *from = values_[k].p, *g = gradients_[k].p;
+        T* to = values_[k + 1].p;
+        for (Index i = 0; i < numbers_; i += LANES<T>) store(to + i, load(from + i) - load(g + i) * rate);
+    }
+    void aim(T rate) {
+        if (!adapts_) return;
+        for (Index i = 0; i < numbers_; i += LANES<T>) store(direction_ + i, load(adjoint() + i) * -rate);
+    }
+    double rate_gradient(Index k) const {
+        if (!adapts_) return 0;
+        double total = 0;
+        for (Index i = 0; i < numbers_; i += 16 * LANES<T>) {  // a few numbers at a time, then in double
+            Vec<T> sum{};
+            for (Index j = i; j < smaller(i + 16 * LANES<T>, numbers_); j += LANES<T>)
+                sum += load(gradients_[k].p + j) * load(adjoint() + j);
+            for (int lane = 0; lane < LANES<T>; ++lane) total += sum[lane];
+        }
+        return -total;
+    }
+    void add_adjoint_to(T* sums) const {
+        if (!adapts_) return;
+        for (Index i = 0; i < numbers_; i += LANES<T>) store(sums + i, load(sums + i) + load(adjoint() + i));
+    }
+
+   private:
+    Index numbers_ = 0, S = 0;
+    bool adapts_ = false;
+    T *shared_ = nullptr, *direction_ = nullptr;
+    std::vector<Numbers<T>> values_, gradients_;  // [S + 1]
+};
+
+}  // namespace maml_fast::MAML_FAST_ISA

@@ -1,0 +1,157 @@
+// A task of images in a thread: the whole meta-step of ../tile.h, in memory of its own.
+//
+//     theta_{k+1} = theta_k - eta_k g_k,  g_k = grad L_support(theta_k)        k = 0 .. S-1
+//     lam = grad L_query(theta_S);  lam = lam - H_k (eta_k lam)                k = S-1 .. 0
+//     dloss/deta_k = -<g_k, lam>, with lam as it stands after step k
+#pragma once
+
+#include "images/chain.h"
+
+namespace maml_fast::MAML_FAST_ISA {
+
+template <class T>
+class ImageTile {
+   public:
+    static constexpr Index most_tasks = 1;
+    // What its memory must hold: borders, and lanes beyond the last channel, are never written with anything else.
+    static constexpr bool begins_with_zeros = true;
+
+    // With an arena that only counts, a tile to ask for sizes.
+    ImageTile(const Program& program, Arena& arena) : chain_(program, arena), program_(program), S(program.steps) {
+        for (const auto& fast : chain_.fast) sum_numbers_ = put_sums<T>(fast.layer, sum_numbers_, places_);
+    }
+
+    // Before the tasks that a thread takes of a call: parameters may have changed.
+    void begin_call() {
+        for (auto* list : {&chain_.prelude, &chain_.stages})
+            for (const auto& stage : *list) stage->begin_call();
+    }
+
+    // The task `first`; adds what it gives to `sums`.
+    void run(const TaskData& data, Index first, Index, const Partial<T>& sums) {
+        load(data, first);
+        for (const auto& stage : chain_.prelude)
+            for (Index pass : {0, 1}) stage->forward(pass);
+        for (const auto& stage : chain_.stages) stage->begin_task();
+        adapt(data, first);
+        query(data, first);
+        if (program_.exports)
+            for (const auto& fast : chain_.fast) fast.layer->export_adapted(first);
+        if (program_.gradient) pull_back(sums);
+    }
+
+    const std::vector<Place>& places() const { return places_; }
+    Index sum_numbers() const { return sum_numbers_; }
+    Index rate_numbers() const { return 2 * S * static_cast<Index>(chain_.fast.size()); }
+
+   private:
+    using Pass = LossPass<T>;
+
+    // ---- data
+
+    void load(const TaskData& data, Index task) {
+        load_rows(data.support_x, chain_.data().value[0], task);
+        load_rows(data.query_x, chain_.data().value[1], task);
+        if (S) load_targets(data.support_y, chain_.passes[0], program_.rows, task);  // without steps the one pass is the query's
+        load_targets(data.query_y, chain_.passes[S], program_.query_rows, task);
+    }
+    static void load_rows(const RowData& from, const Image<T>& to, Index task) {
+        const Index area = to.shape.positions(), C = to.shape.channels;
+        for (Index r = 0; r < to.rows; ++r) {
+            const T* p = static_cast<const T*>(from.p) + task * from.by_task + r * from.by_row;
+            for (Index y = 0; y < to.shape.height; ++y) {
+                T* line = to.at(r, y, 0);
+                for (Index x = 0; x < to.shape.width; ++x)
+                    for (Index c = 0; c < C; ++c) line[x * to.by_pixel + c] = p[c * area + y * to.shape.width + x];
+            }
+        }
+    }
+    void load_targets(const RowData& from, const Pass& pass, Index rows, Index task) const {
+        for (Index i = 0; i < pass.weights.numbers(); ++i) pass.weights.p[i] = i < rows ? T(1) / static_cast<T>(rows) : T(0);
+        if (!from.p) return;
+        // Lanes beyond the last row repeat it, and have weight 0.
+        for (Index i = 0; i < pass.y.numbers(); ++i) {
+            const Index at = task * from.by_task + smaller(i, rows - 1) * from.by_row;
+            for (Index f = 0; f < pass.y.features; ++f)
+                pass.y.p[f * pass.y.by_feature + i] = program_.loss == LossKind::cross_entropy
+                                                          ? static_cast<T>(static_cast<const std::int64_t*>(from.p)[at])
+                                                          : static_cast<const T*>(from.p)[at + f];
+        }
+    }
+    // An image's rows in the lanes of a view, and back; the features are in torch's order.
+    static void to_lanes(const Image<T>& image, const View<T>& view) {
+        InTorchOrder<T> numbers(image);
+        for (Index r = 0; r < image.rows; ++r)
+            for (Index f = 0; f < view.features; ++f) view.p[f * view.by_feature + r] = numbers.next();
+        for (Index r = image.rows; r < view.numbers(); ++r)
+            for (Index f = 0; f < view.features; ++f) view.p[f * view.by_feature + r] = view.p[f * view.by_feature + image.rows - 1];
+    }
+    static void from_lanes(const View<T>& view, const Image<T>& image) {
+        InTorchOrder<T> numbers(image);
+        for (Index r = 0; r < image.rows; ++r)
+            for (Index f = 0; f < view.features; ++f) numbers.next() = view.p[f * view.by_feature + r];
+    }
+
+    // ---- the meta-step
+
+    const ImageEdge<T>& output() const { return chain_.edges.back(); }
+    void forward(Index k) {
+        for (const auto& stage : chain_.stages) stage->forward(k);
+        to_lanes(output().value[k], chain_.passes[k].z);
+    }
+    T loss(Index k) const { return lane_sum<T>(chain_.loss->value(chain_.passes[k])); }
+    void backward(Index k) {
+        if (chain_.stages.empty()) return;
+        from_lanes(chain_.passes[k].d, output().cotangent[k]);
+        for (Index i = chain_.last() - 1; i >= 0; --i) chain_.stages[i]->backward(k);
+    }
+
+    void adapt(const TaskData& data, Index task) {
+        for (Index k = 0; k < S; ++k) {
+            forward(k);
+            static_cast<T*>(data.support_losses)[task * S + k] = loss(k);
+            if (chain_.fast.empty()) continue;
+            backward(k);
+            for (const auto& fast : chain_.fast) fast.layer->descend(k);
+        }
+    }
+    void query(const TaskData& data, Index task) {
+        forward(S);
+        const Image<T>& z = output().value[S];
+        const Index count = z.rows * z.shape.numbers();
+        InTorchOrder<T> numbers(z);
+        T* to = static_cast<T*>(data.query_outputs) + task * count;
+        for (Index i = 0; i < count; ++i) to[i] = numbers.next();
+        if (data.query_y.p) static_cast<T*>(data.task_losses)[task] = loss(S);
+    }
+
+    void pull_back(const Partial<T>& sums) {
+        if (chain_.fast.empty()) return;
+        backward(S);
+        for (Index k = S - 1; k >= 0; --k) {
+            double* rates = sums.rates;
+            for (const auto& fast : chain_.fast) {
+                if (fast.layer->layer.learns_rates) fast.layer->add_rate_gradients(k, rates, rates + S);
+                rates += 2 * S;
+            }
+            if (chain_.second_order()) hessian_product(k);
+        }
+        for (std::size_t i = 0; i < places_.size(); ++i)
+            chain_.fast[i].layer->add_gradient(sums.numbers + places_[i].weight, sums.numbers + places_[i].bias);
+    }
+    void hessian_product(Index k) {
+        for (const auto& stage : chain_.stages) stage->tangent(k);
+        to_lanes(output().tangent[k], chain_.t_z);
+        chain_.loss->tangent(chain_.passes[k], chain_.t_z, chain_.t_d);
+        from_lanes(chain_.t_d, output().t_cotangent[k]);
+        for (Index i = chain_.last() - 1; i >= 0; --i) chain_.stages[i]->tangent_backward(k);
+    }
+
+    ImageChain<T> chain_;
+    const Program& program_;
+    const Index S;
+    std::vector<Place> places_;
+    Index sum_numbers_ = 0;
+};
+
+}  // namespace maml_fast::MAML_FAST_ISA
