@@ -26,6 +26,8 @@ FLOPS, SMALL_FLOPS = 60e12, 15e12  # * a second, of large products and of small 
 LARGE_ROWS = 256  # * from which on a product is large
 BYTES = 3e12  # * a second
 LAUNCH = 3e-6  # * seconds of a small kernel in a graph
+CACHE_SHARE = 0.7  # * of the L2 cache that rows of activations may fill
+FEWEST = 4  # * multiprocessors to a task at most
 PASSES = 2.5  # * times that rows of activations go to memory and back in a pass
 
 
@@ -75,15 +77,29 @@ def _instructions(use: LayerUse, tiles: Any) -> float:
     return total + second_order * (products(use.rows, 1 + down) + (1 + 0.45 * down) * outer)
 
 
-def layers_seconds(uses: Sequence[LayerUse], forms: Sequence[str], tasks: int) -> float:
-    """Of a meta-step by layer kernels."""
-    seconds = 0.0
-    for use, form in zip(uses, forms, strict=True):
-        seconds += tasks * device_seconds(use, form)
-        passes = 2 * (use.inner_steps + 1) + (0 if use.first_order else 2 * use.inner_steps)
-        rows = max(use.rows, use.query_rows) * (use.in_features + use.out_features)
-        seconds += passes * (2 * LAUNCH + tasks * PASSES * rows * 4 / BYTES)
+def layers_seconds(
+    uses: Sequence[LayerUse],
+    forms: Sequence[str],
+    numbers: Sequence[int],
+    passes: int,
+    tasks: int,
+) -> float:
+    """Of a meta-step by layer kernels.
+
+    numbers: of a task's rows, before and behind each layer, norm and pool. passes: over all.
+    """
+    seconds = sum(tasks * device_seconds(use, form) for use, form in zip(uses, forms, strict=True))
+    for moved in numbers:
+        seconds += passes * (2 * LAUNCH + tasks * PASSES * moved * 4 / BYTES)
     return seconds
+
+
+def wave(numbers: Sequence[int], multiprocessors: int, cache_bytes: int) -> int:
+    """How many tasks of a network of images to take at a time: what a layer leaves should still be
+    in the L2 cache when the next one reads it, and enough multiprocessors have a tile of a small
+    image."""
+    cached = int(CACHE_SHARE * cache_bytes) // (4 * max(numbers))
+    return max(cached, multiprocessors // FEWEST)
 
 
 def device_seconds(use: LayerUse, form: str) -> float:
@@ -96,6 +112,8 @@ def device_seconds(use: LayerUse, form: str) -> float:
 
 def choose_form(use: LayerUse, fast_weights: str) -> str:
     """The form of a layer's fast weights, "factored" or "dense", for the layer kernels."""
+    if not use.factors:
+        return "dense"
     if fast_weights != "auto":
         return fast_weights
     if use.in_features <= 4 or use.out_features <= 8:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,17 @@ import torch
 from maml_fast import triton_cost, triton_features
 from maml_fast.cost import LayerUse, cost_of
 from maml_fast.layers import Asked, LayerPlan, Shapes, Variant
-from maml_fast.ops import Linear, MergeRows, Operation, SplitRows
+from maml_fast.ops import (
+    AveragePool,
+    Conv2d,
+    GlobalMean,
+    Linear,
+    MaxPool,
+    MergeRows,
+    Norm,
+    Operation,
+    SplitRows,
+)
 
 # Of products, by torch.get_float32_matmul_precision(); see kernels/dots.py
 PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
@@ -24,6 +35,8 @@ SCRATCH_BYTES = 4 << 30  # and less than 2^31 numbers, for the kernel's 32-bit o
 # Features summed at a time and of the result, rows of a weight's gradient, warps: those that spill
 # little or nothing
 TILES = ((16, 32, 32, 1), (16, 64, 32, 1), (16, 64, 64, 4), (64, 64, 64, 8))
+
+IMAGES = (Conv2d, Norm, MaxPool, AveragePool, GlobalMean)  # of layer kernels alone
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,7 @@ class TritonPlan:
     tiles: Any = None  # kernels.fused_program.Tiles
     programs: int = 0
     scratch_bytes: int = 0
+    wave: int = 0  # tasks of a pass, of networks of images; 0: whatever fits into memory
     tunes: bool = True  # whether other tiles may be tried
 
     def describe(self) -> str:
@@ -54,6 +68,8 @@ class TritonPlan:
                 f"rows, {tiles.inner} and {tiles.outer} features, "
                 f"{self.scratch_bytes / 1024:.0f} KiB of scratch each"
             )
+        if self.wave:
+            text += f"; at most {self.wave} tasks at a time, for the cache"
         return f"{text}; estimated, not measured: {self.seconds * 1e3:.3g} ms"
 
 
@@ -81,8 +97,12 @@ def plan_for_triton(
     precision = PRECISIONS[asked.precision]
     uses = [layer.use for layer in layers if layer.use is not None]
     forms = [triton_cost.choose_form(use, asked.fast_weights) for use in uses]
-    by_layers = triton_cost.layers_seconds(uses, forms, shapes.tasks)
+    numbers, passes = _numbers(layers, shapes), _passes(asked)
+    by_layers = triton_cost.layers_seconds(uses, forms, numbers, passes, shapes.tasks)
     plan = TritonPlan("layers", why_not_fused(layers, asked), precision, device, by_layers)
+    if any(isinstance(layer.link.op, IMAGES) and not layer.prelude for layer in layers):
+        wave = triton_cost.wave(numbers, device.multiprocessors, device.cache_bytes)
+        plan = replace(plan, wave=wave)
     if not plan.why:
         fused = _fused(layers, asked, shapes, adapting, replace(plan, kernels="fused"))
         if fused.scratch_bytes > SCRATCH_BYTES:
@@ -101,6 +121,21 @@ def plan_for_triton(
     return planned, plan
 
 
+def _numbers(layers: Sequence[LayerPlan], shapes: Shapes) -> list[int]:
+    """Of a task's rows before and behind each layer, norm and pool that runs at each step."""
+    rows = max(shapes.support[0], shapes.query[0])
+    return [
+        rows * (math.prod(layer.features) + math.prod(layer.link.op.out_features(layer.features)))
+        for layer in layers
+        if not layer.prelude and isinstance(layer.link.op, (Linear, *IMAGES))
+    ]
+
+
+def _passes(asked: Asked) -> int:
+    """There and back, of each step, of the query, and of each step's tangents."""
+    return 2 * (asked.inner_steps + 1) + (0 if asked.first_order else 2 * asked.inner_steps)
+
+
 def why_not_fused(layers: Sequence[LayerPlan], asked: Asked) -> str:
     """Why the fused kernel cannot run these layers; empty if it can."""
     if asked.fast_weights == "factored":
@@ -110,6 +145,8 @@ def why_not_fused(layers: Sequence[LayerPlan], asked: Asked) -> str:
         return "nothing adapts"
     for layer in adapting:
         op = layer.link.op
+        if isinstance(op, IMAGES):
+            return f"layer '{layer.link.name}' ({op}) has no fused kernel"
         if isinstance(op, (MergeRows, SplitRows)):
             return f"layer '{layer.link.name}' has more than one position a row"
         if isinstance(op, Linear) and max(op.in_features, op.out_features_) > FUSED_WIDTH:
@@ -195,6 +232,7 @@ def network_of(
         op = layer.link.op
         if layer.prelude:
             continue
+        assert isinstance(op, (Linear, Operation))  # see `refusals`
         if isinstance(op, Linear):
             starts = gradient_starts.get(op.weight, -1), gradient_starts.get(op.bias or "", -1)
             found.append(kernels.Layer(op.in_features, op.out_features_, (), *starts))

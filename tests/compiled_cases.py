@@ -1,7 +1,8 @@
 """The launches that ``python -m tests.compiled`` compiles, and the few that the tests do.
 
 They are those of the plans of the benchmark cases, with all tiles that may be chosen, the layer
-kernels' (`compiled_layers`), and bare products, which show what each precision becomes.
+kernels' (`compiled_layers`, `compiled_images`), and bare products, which show what each precision
+becomes.
 """
 
 from __future__ import annotations
@@ -28,15 +29,22 @@ SOME = (
     "attend backward [m_query+m_key] [base+kept] [relu] 5x5x64x128 tf32x3",
     "attend tangent [m_query+m_key+a_query+a_key] [base+kept] [relu] 5x20x256x128 tf32x3",
     "sum_rows",
+    "conv forward [x+weight+partials] 3x3/1+1 5x14x14 64-64 tf32x3",
+    "conv backward [x+weight+x2+weight2] 3x3/2+1 5x14x14 64-64 tf32x3",
+    "conv outer [x+d+x2+d2+base+bias+bias_out] 3x3/1+1 5x14x14 64-64 tf32x3",
+    "conv outer [x+d+base] 3x3/1+1 5x28x28 1-64 tf32x3",
+    "norm apply forward batch [relu+pool] [x+code+gamma+beta+stats+out] 5x28x28x64",
+    "norm total forward [partials+totals] 64",
 )
 
 
 def launches() -> list[Launch]:
     """All of them. Imports Triton, which is why nothing is imported above: whether it interprets
     is settled by then."""
-    from tests import compiled_layers
+    from tests import compiled_images, compiled_layers
 
     found = _products() + _fused() + _variants() + _layers() + compiled_layers.launches()
+    found += compiled_images.launches()
     # Sizes that are numbers at run time make no machine code of their own.
     different = {repr(replace(launch, name="", grid=())): launch for launch in reversed(found)}
     return list(reversed({launch.name: launch for launch in different.values()}.values()))
@@ -63,12 +71,11 @@ def _products() -> list[Launch]:
 
 def _fused() -> list[Launch]:
     """All tiles that may be chosen; those of the plan in every precision."""
-    from benchmarks.cases import CASES
     from maml_fast import triton_plan
     from maml_fast.kernels import fused_program
 
     found = []
-    for case in CASES:
+    for case in _perceptrons():
         plan = _plan(case)
         if plan.triton.kernels != "fused":
             continue
@@ -100,16 +107,35 @@ def _plan(case: Case) -> Plan:
     from maml_fast.layers import Asked, Shapes, plan_layers
     from maml_fast.plan import Plan
 
-    model, sizes = case.network.build(), case.network.sizes
+    model, row = case.network.build(), case.network.row
     adapting = [name for name, _ in model.named_parameters()]
     asked = Asked(case.network.loss, case.S, False, "triton", "auto", None)
-    rows = (case.N, sizes[0]), (case.M, sizes[0])
+    rows = (case.N, *row), (case.M, *row)
     shapes = Shapes(case.T, *rows, torch.float32, torch.device("cpu"))
     layers, refusals = plan_layers(model, asked, shapes, adapting)
     assert not refusals
     layers, triton = triton_plan.plan_for_triton(layers, asked, shapes, adapting)
-    output = (case.M, sizes[-1])
+    output = (case.M, *_output(case.network))
     return Plan("triton", "", asked, shapes, output, case.T, layers, triton=triton)
+
+
+def _output(network: Network) -> tuple[int, ...]:
+    """The shape of a prediction for one row."""
+    import torch
+
+    with torch.no_grad():
+        return tuple(network.build()(torch.zeros(2, *network.row)).shape[1:])
+
+
+def _perceptrons() -> list[Case]:
+    """The cases of linear layers and activations alone; for others, see `compiled_images`."""
+    from benchmarks.cases import CASES
+    from maml_fast.ops import Linear, Weighted
+
+    def weighted(case: Case) -> list[Weighted]:
+        return [x.link.op for x in _plan(case).layers if isinstance(x.link.op, Weighted)]
+
+    return [case for case in CASES if all(isinstance(op, Linear) for op in weighted(case))]
 
 
 class _Nowhere:
@@ -125,7 +151,6 @@ def _layers() -> list[Launch]:
 
     import torch
 
-    from benchmarks.cases import CASES
     from maml_fast.backends import stepping
     from maml_fast.backends.triton_layers import LayerStepper
     from maml_fast.kernels import attend
@@ -139,18 +164,18 @@ def _layers() -> list[Launch]:
         found[launch.name] = launch
         return replace(launch, kernel=_Nowhere())
 
-    for case in CASES:
+    for case in _perceptrons():
         plan, network = _plan(case), case.network
         if plan.triton.kernels == "fused":
             continue
         parameters = {n: p.detach() for n, p in network.build().named_parameters()}
         rates = RateTable(dict.fromkeys(parameters, (network.inner_lr,) * case.S))
         problem = Problem(None, parameters, network.loss, case.S, False, rates)
-        x, q = torch.zeros(1, case.N, network.sizes[0]), torch.zeros(1, case.M, network.sizes[0])
+        x, q = (torch.zeros(1, rows, *network.row) for rows in (case.N, case.M))
         targets = (
             (x[..., 0].long(), q[..., 0].long())
             if network.loss == "cross_entropy"
-            else (rows.new_zeros(*rows.shape[:2], network.sizes[-1]) for rows in (x, q))
+            else (rows.new_zeros(*rows.shape[:2], *_output(network)) for rows in (x, q))
         )
         support_y, query_y = targets
         batch = TaskBatch(x, support_y, q, query_y)
@@ -164,12 +189,13 @@ def _variants() -> list[Launch]:
     """The fused kernel with every activation, loss and option, at one network's sizes."""
     from maml_fast.kernels import fused_program
     from maml_fast.ops import OPERATIONS
+    from maml_fast.ops.pointwise import Pointwise
 
     natives = dict.fromkeys(
         op.native
         for kind in OPERATIONS
         for op, _ in kind.examples()
-        if op.native is not None and op.native[0] != "reshape"
+        if issubclass(kind, Pointwise) and op.native is not None
     )
     chains = [((name, *constants),) for name, constants in natives]
     chains.append((("scale", 3.0), ("sine",)))

@@ -1,7 +1,7 @@
 """What the tests on a GPU share: networks and sizes at the edges, and a meta-step beside its graph.
 
-    python -m tests.gpu_cases fused|layers      one small meta-step, for compute-sanitizer
-    python -m tests.gpu_cases captured KIND     one in the caller's own capture, which must fail
+    python -m tests.gpu_cases fused|layers|images   one small meta-step, for compute-sanitizer
+    python -m tests.gpu_cases captured KIND         one in the caller's own capture, which must fail
 
 T tasks, N support rows, M query rows, S inner steps, F features of queries and keys, O of values.
 """
@@ -18,6 +18,7 @@ import sys
 from types import SimpleNamespace
 
 import torch
+from torch import nn
 
 from maml_fast import MAML, meta_step, triton_features, triton_plan
 from maml_fast.problem import TaskBatch
@@ -44,7 +45,9 @@ KINDS = {  # by which kernels, and in which form
     "fused": ((3, 9, 2), "auto"),
     "factored": ((3, 9, 2), "factored"),
     "dense": ((3, 130, 2), "dense"),
+    "images": ((30, 2), "auto"),  # numbers of an image, and features of a prediction
 }
+IMAGE = 1, 5, 6
 
 
 def on_device(batch, dtype=torch.float32):
@@ -124,19 +127,39 @@ class Twins:
     def __init__(self, kind, rate=RATE, steps=2, loss="mse", **options):
         sizes, fast_weights = KINDS[kind]
         self.kind, self.draw, self.sizes, self.loss = kind, Draw(seed=1), sizes, loss
-        self.model = self.draw.mlp(sizes).to(DEVICE, torch.float32)
+        self.model = self.network().to(DEVICE, torch.float32)
         options |= dict(backend="triton", fast_weights=fast_weights)
         self.graphed, self.plain = (
             MAML(self.model, loss, rate, steps, cuda_graphs=graphs, **options)
             for graphs in (True, False)
         )
 
+    def network(self):
+        if self.kind != "images":
+            return self.draw.mlp(self.sizes)
+        model = nn.Sequential(
+            nn.Conv2d(1, 3, 3, padding=1, bias=False),
+            nn.BatchNorm2d(3, track_running_stats=False),
+            nn.Tanh(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(3, 17, 3, stride=2, padding=1),
+            nn.GroupNorm(1, 17),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(17 * 2, self.sizes[-1]),
+        )
+        return self.draw.initialise(model.double())
+
     def batch(self, tasks=5, rows=4, query_rows=3):
-        return on_device(self.draw.batch(self.loss, tasks, rows, query_rows, self.sizes))
+        batch = self.draw.batch(self.loss, tasks, rows, query_rows, self.sizes)
+        if self.kind == "images":
+            x, q = (t.unflatten(2, IMAGE) for t in (batch.support_x, batch.query_x))
+            batch = batch._replace(support_x=x, query_x=q)
+        return on_device(batch)
 
     def new_parameters(self):
         """Another set, as tensors; the model does not have it yet."""
-        other = self.draw.mlp(self.sizes).to(DEVICE, torch.float32)
+        other = self.network().to(DEVICE, torch.float32)
         return dict(other.named_parameters())
 
     def put(self, parameters):
@@ -177,7 +200,8 @@ def needs_memory(gigabytes):
 
 def main(what, kind="fused"):
     """As a program: small, and in few launches."""
-    twins = Twins("factored" if what == "layers" else kind)
+    kinds = {"layers": "factored", "images": "images"}
+    twins = Twins(kinds.get(what, kind))
     batch = twins.batch(tasks=3)
     if what != "captured":
         twins.values_of_plain(batch)

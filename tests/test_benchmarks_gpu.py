@@ -210,6 +210,8 @@ def test_the_cases_that_a_gpu_must_do_well_are_there():
         "omniglot-fc-T1024-S5",
         "omniglot-fc-T4096-S1",
         "wide-T64-S3",
+        "conv4-T32-S5",
+        "conv4-T1024-S5",
     }
 
 

@@ -238,12 +238,21 @@ SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sa
 
 @pytest.mark.skipif(not os.path.exists(SANITIZER), reason="there is no compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
-@pytest.mark.parametrize("case", ["fused", "layers"])
-def test_sanitizer(case, tool):
+@pytest.mark.parametrize(
+    ("case", "kernel"),
+    [
+        ("fused", "meta_step"),
+        ("layers", "attend_kernel"),
+        ("images", "conv_kernel"),
+        ("images", "outer_kernel"),
+        ("images", "sum_kernel"),
+        ("images", "apply_kernel"),
+    ],
+)
+def test_sanitizer(case, kernel, tool):
     """Scratch lies in global memory, whose races no tool sees; `debug_barrier` is for them."""
     pytest.importorskip("triton")
     gpu_cases.main(case)  # so that all is compiled
-    kernel = "meta_step" if case == "fused" else "attend_kernel"
     command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", "--kernel-name", f"kns={kernel}"]
     if tool == "memcheck":
         command += ["--report-api-errors", "no"]  # torch asks things that may fail

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from maml_fast.backends.triton_forms import QUERY, SUPPORT, Chunks, Form, Use
-from maml_fast.fast_weights import FastLinear, LinearSpec
+from maml_fast.fast_weights import FastLayer, LinearSpec
 from maml_fast.kernels.attend import Segment, Terms, attend
 
 
-class Factors(FastLinear, Form):
+class Factors(FastLayer, Form):
     """What both factored forms share. The kernels put factors in their places, so that most steps
     of a layer's life are done by then."""
+
+    spec: LinearSpec
 
     def __init__(self, spec: LinearSpec, use: Use) -> None:
         super().__init__(spec)

@@ -67,7 +67,8 @@ class FusedStep(PreparedStep):
         """The rates [S + 1, L, 2], on the device; those of a captured meta-step change in place."""
         values, still = problem.rates.values, (0.0,) * self.variant.inner_steps
         found = tuple(
-            (values.get(op.weight, still), values.get(op.bias or "", still)) for op in self.ops
+            (values.get(op.weight or "", still), values.get(op.bias or "", still))
+            for op in self.ops
         )
         before, table = self._rates
         if found != before:

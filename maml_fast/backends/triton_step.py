@@ -13,7 +13,7 @@ from torch import Tensor
 from maml_fast.backends import tuning
 from maml_fast.backends.cuda_graphs import Graphs
 from maml_fast.layers import Variant
-from maml_fast.ops import Linear
+from maml_fast.ops import Weighted
 from maml_fast.plan import Plan
 from maml_fast.problem import FlatGradients, Outcome, Problem, TaskBatch
 
@@ -46,7 +46,7 @@ class PreparedStep:
         self.ops = [
             layer.link.op
             for layer in plan.layers
-            if isinstance(layer.link.op, Linear) and not layer.prelude
+            if isinstance(layer.link.op, Weighted) and not layer.prelude
         ]
 
     def get_ready(self, problem: Problem) -> None:
