@@ -60,10 +60,13 @@ class Budget:
         )
 
     @contextmanager
-    def enforced(self) -> Iterator[None]:
-        """OutOfTime is raised in here when the time is over; only between Python's instructions."""
+    def enforced(self, at_most_s: float = math.inf) -> Iterator[None]:
+        """OutOfTime is raised in here when the time is over, or after so many seconds; only between
+        Python's instructions.
+        """
+        limit_s = min(self.left_s, at_most_s)
         if (
-            math.isinf(self._end)
+            math.isinf(limit_s)
             or not hasattr(signal, "setitimer")
             or threading.current_thread() is not threading.main_thread()
         ):
@@ -71,10 +74,12 @@ class Budget:
             return
 
         def stop(number: int, frame: FrameType | None) -> None:
+            if limit_s == at_most_s:
+                raise OutOfTime(f"for time: not ready within {at_most_s:g} s")
             raise OutOfTime(f"for time: stopped when the run's {self.minutes:g} minutes were over")
 
         before = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, max(1e-3, self.left_s))
+        signal.setitimer(signal.ITIMER_REAL, max(1e-3, limit_s))
         try:
             yield
         finally:

@@ -1,6 +1,7 @@
 """Tasks for the benchmarks, drawn on the CPU from an explicit generator.
 
-Dimensions: T tasks, N support rows a task, M query rows a task, I/O in/out features.
+Dimensions: T tasks, N support rows a task, M query rows a task, I/O in/out features, C channels,
+H/W height and width.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
 
 class Episodes(NamedTuple):
     """The four tensors of a meta-batch."""
 
-    support_x: Tensor  # [T, N, I]
+    support_x: Tensor  # [T, N, I], or images [T, N, C, H, W]
     support_y: Tensor  # [T, N, O], or class numbers [T, N]
-    query_x: Tensor  # [T, M, I]
+    query_x: Tensor  # [T, M, I], or images [T, M, C, H, W]
     query_y: Tensor  # [T, M, O], or class numbers [T, M]
 
     @property
@@ -39,6 +41,8 @@ class Episodes(NamedTuple):
         )
 
 
+CLASSES = 5  # of each task that classifies
+COARSE = 5  # random numbers along a side of a smooth picture
 Draw = Callable[[Generator, int, int, int], Episodes]  # generator, T, N, M
 
 
@@ -65,12 +69,28 @@ def characters(generator: Generator, T: int, N: int, M: int) -> Episodes:
     """Five classes a task in place of Omniglot's: sparse 28x28 strokes, each row with its own
     noise.
     """
-    classes = 5
-    prototypes = (torch.rand(T, classes, 784, generator=generator) < 0.1).float()
-    y = torch.arange(N + M).remainder(classes).expand(T, -1)  # [T, N + M]
+    prototypes = (torch.rand(T, CLASSES, 784, generator=generator) < 0.1).float()
+    y = torch.arange(N + M).remainder(CLASSES).expand(T, -1)  # [T, N + M]
     x = prototypes.gather(1, y[:, :, None].expand(-1, -1, 784))  # [T, N + M, 784]
     x = x + 0.1 * torch.randn(x.shape, generator=generator)
     return _split(x, y, N)
+
+
+def pictures(channels: int, size: int) -> Draw:
+    """Draws five classes a task of square images: each class a smooth picture, each row with its
+    own noise, so that no two pixels of a window that is pooled are equal.
+    """
+
+    def draw(generator: Generator, T: int, N: int, M: int) -> Episodes:
+        coarse = torch.randn(T * CLASSES, channels, COARSE, COARSE, generator=generator)
+        smooth = F.interpolate(coarse, (size, size), mode="bilinear", align_corners=True)
+        prototypes = smooth.unflatten(0, (T, CLASSES))  # [T, 5, C, H, W]
+        y = torch.arange(N + M).remainder(CLASSES)  # [N + M]
+        x = prototypes[:, y]  # [T, N + M, C, H, W]
+        x = x + 0.5 * torch.randn(x.shape, generator=generator)
+        return _split(x, y.expand(T, -1), N)
+
+    return draw
 
 
 def images(generator: Generator, T: int, N: int, M: int) -> Episodes:

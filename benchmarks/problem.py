@@ -5,7 +5,7 @@ programs, which shows as 1e-5 to 1e-3 in the gradient and would drown the errors
 looks for. So, where a network says `off_kink`, tasks that come close to a kink anywhere in their
 meta-step are left out and others drawn in their place.
 
-Dimensions: T tasks, N support rows a task, M query rows a task, I/O in/out features.
+Dimensions: T tasks, N support rows a task, M query rows a task.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
-from torch.nn import functional as F
+from torch.func import functional_call, grad, vmap
 
-from benchmarks.cases import LOSSES, Case
+from benchmarks.cases import Case
 from benchmarks.episodes import Episodes
+from benchmarks.networks import LOSSES
 
 SEED = 20170309
 # Nearest to zero that a pre-activation may come, as a fraction of the largest of its layer and
@@ -69,20 +69,20 @@ def load(case: Case, device: torch.device, tasks: int | None = None) -> Problem:
 
 def distance_to_kink(case: Case, model: nn.Sequential, episodes: Episodes) -> Tensor:
     """How near each task's meta-step comes to a ReLU's kink: min |z| / max |z| of a layer, the
-    least over all. [T]
+    least over all. [T] Other kinks, such as those of pools, are not looked at.
     """
     device = next(model.parameters()).device
-    parameters = {name: value.detach().double() for name, value in model.named_parameters()}
+    model = copy.deepcopy(model).double()
+    parameters = {name: value.detach() for name, value in adapting(model).items()}
     loss = LOSSES[case.network.loss]
 
     def forward(theta: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         distances = []
-        for i, layer in enumerate(model):
+        for name, layer in model.named_children():
             if isinstance(layer, nn.ReLU):
                 distances.append(x.abs().amin() / x.abs().amax())
-                x = F.relu(x)
-            else:
-                x = F.linear(x, theta[f"{i}.weight"], theta[f"{i}.bias"])
+            own = {inner: theta[f"{name}.{inner}"] for inner in adapting(layer)}
+            x = functional_call(layer, own, (x,))
         return x, torch.stack(distances).amin()
 
     def support_loss(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,5 +107,14 @@ def distance_to_kink(case: Case, model: nn.Sequential, episodes: Episodes) -> Te
 
 
 def tasks_at_once(case: Case, device: torch.device) -> int:
-    """Tasks of which 64 MiB of float64 parameters can be held, or 256 MiB on a GPU."""
-    return max(1, 2 ** (25 if device.type == "cuda" else 23) // case.network.parameters)
+    """Tasks of which 64 MiB of float64 parameters and layers' results can be held, or 256 MiB on a
+    GPU.
+    """
+    network = case.network
+    numbers = max(network.parameters, (case.N + case.M) * network.units)
+    return max(1, 2 ** (25 if device.type == "cuda" else 23) // numbers)
+
+
+def adapting(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that adapt and have a gradient, by name."""
+    return {name: value for name, value in module.named_parameters() if value.requires_grad}

@@ -29,6 +29,7 @@ class Row:
     status: Status = "failed"
     reason: str = "it raised outside its check: see the output"
     errors: Errors = field(default_factory=dict)
+    double_error: float | None = None  # the worst in float64, on a few tasks of some networks
     peak_bytes: int | None = None
     peak_reason: str = ""
     times: list[float] = field(default_factory=list)

@@ -19,7 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks import memory
 from benchmarks.budget import Budget, OutOfTime
 from benchmarks.cases import named
-from benchmarks.check import Reference, broken, problem_and_reference
+from benchmarks.check import EXACT, Reference, broken, in_double, problem_and_reference, worst
 from benchmarks.implementation import Implementation
 from benchmarks.problem import Problem
 from benchmarks.registry import implementation
@@ -37,7 +37,9 @@ class Settings:
     Attributes:
         device: "cpu" or "cuda".
         seconds: to spend on the rounds of one implementation on one case.
-        limit_s: a call that takes longer is timed once; one foretold to take longer is skipped.
+        limit_s: a call that takes longer is timed once, by the call that is checked; one foretold
+            to take longer is skipped.
+        ready_s: what is not compiled, checked and warm within so long is skipped.
         peak: whether to take peak memory.
         budget: of the whole run.
     """
@@ -45,6 +47,7 @@ class Settings:
     device: str
     seconds: float = 2.0
     limit_s: float = 15.0
+    ready_s: float = 600.0
     peak: bool = True
     budget: Budget = field(default_factory=lambda: Budget(None))
 
@@ -109,8 +112,11 @@ def _measure(
     references[row.case] = f"{reference.how}; {reference.allowance(strict=strict)}"
     with measured.around():
         with budget.enforced():
+            _consider(row, measured, problem, settings)
+        with budget.enforced(settings.ready_s):
             run, rounds = _admit(row, measured, problem, reference, settings)
-        benchmark.pedantic(run, rounds=rounds, iterations=1)
+        if rounds:
+            benchmark.pedantic(run, rounds=rounds, iterations=1)
         if ceiling := measured.ceiling(problem):
             row.ceiling_flops, row.ceiling_flops_per_second = (
                 ceiling.flops,
@@ -123,14 +129,8 @@ def _measure(
     row.status, row.reason = "timed", ""
 
 
-def _admit(
-    row: Row,
-    measured: Implementation,
-    problem: Problem,
-    reference: Reference,
-    settings: Settings,
-) -> tuple[Callable[[], Any], int]:
-    """What to time, warm, and how many rounds of it."""
+def _consider(row: Row, measured: Implementation, problem: Problem, settings: Settings) -> None:
+    """Whether it is begun at all, and on a CPU its peak memory."""
     if why := measured.cannot(problem):
         raise NotTimed("cannot", why)
     _foretell(measured, problem, settings)
@@ -142,7 +142,16 @@ def _admit(
         if peak.died:
             raise NotTimed("failed", peak.reason)
 
-    failure, start = "", time.perf_counter()
+
+def _admit(
+    row: Row,
+    measured: Implementation,
+    problem: Problem,
+    reference: Reference,
+    settings: Settings,
+) -> tuple[Callable[[], Any], int]:
+    """What to time, warm, and how many rounds of it; none where a single call is all the timing."""
+    failure, start, double = "", time.perf_counter(), None
     try:
         step = measured.prepare(problem)
         run = _complete(step.run, measured, settings)
@@ -156,6 +165,8 @@ def _admit(
         del result
         if settings.gpu:
             seconds = _timed(run)[1]  # the first compiled kernels
+        if measured.ours and measured.precision == "highest":
+            double = in_double(measured, problem, reference)
     except Exception as error:  # whatever a peer may raise is a finding
         failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     settings.budget.note(measured, problem.case.S, time.perf_counter() - start)
@@ -164,6 +175,13 @@ def _admit(
     strict = measured.ours and problem.case.network.strict
     if wrong := broken(row.errors, reference.bounds(strict=strict, precision=measured.precision)):
         raise NotTimed("wrong", wrong)
+    if double is not None:
+        row.double_error = worst(double)[1]
+        if wrong := broken(double, dict.fromkeys(double, EXACT)):
+            raise NotTimed("wrong", f"in float64 {wrong}")
+    if seconds > settings.limit_s:
+        row.times = [seconds]
+        return run, 0
     return run, _rounds(run, seconds, settings)
 
 
@@ -182,8 +200,6 @@ def _foretell(measured: Implementation, problem: Problem, settings: Settings) ->
 
 def _rounds(run: Callable[[], Any], seconds: float, settings: Settings) -> int:
     """Warm up for a tenth of the time to spend, and spread the time over rounds."""
-    if seconds > settings.limit_s:
-        return 1
     end = time.perf_counter() + settings.seconds / 10
     while seconds < settings.seconds:
         seconds = min(seconds, _timed(run)[1])

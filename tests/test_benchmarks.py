@@ -10,8 +10,9 @@ from rich.console import Console
 from torch import nn
 
 from benchmarks import check, memory, plot, problem, report
-from benchmarks.cases import CASES, OMNIGLOT_FC, POLICY, SINUSOID, Case, Network, choose
+from benchmarks.cases import CASES, Case, choose
 from benchmarks.episodes import sinusoid
+from benchmarks.networks import OMNIGLOT_FC, POLICY, SINUSOID, perceptron
 from benchmarks.peers import AutogradLoop, CompiledVmapGrad, JaxJit, ParallelMetalearn, VmapGrad
 from benchmarks.results import Results, Row
 
@@ -104,7 +105,7 @@ def test_problems_are_drawn_alike_each_time_and_stay_off_the_kinks():
 
 
 def test_the_distance_to_a_kink_is_the_nearest_pre_activation():
-    network = Network("one", (1, 2, 1), nn.ReLU, "mse", 0.01, sinusoid)
+    network = perceptron("one", (1, 2, 1), nn.ReLU, "mse", 0.01, sinusoid)
     case = Case(network, T=1, S=0, N=1, M=2)
     model = network.build()
     with torch.no_grad():
@@ -117,7 +118,7 @@ def test_the_distance_to_a_kink_is_the_nearest_pre_activation():
 
 def test_operations_are_those_of_an_example_by_hand():
     # 2-3-1: a row takes 2*2*3 = 12 operations in the first layer, 2*3*1 = 6 in the second.
-    network = Network("hand", (2, 3, 1), nn.ReLU, "mse", 0.1, sinusoid)
+    network = perceptron("hand", (2, 3, 1), nn.ReLU, "mse", 0.1, sinusoid)
     # Support, 5 rows: F = 90, F1 = 60. Query, 7 rows: F = 126, F1 = 84.
     # S(3F_s - F1_s) = 2 * 210; 3F_q - F1_q = 294; S(6F_s - 4F1_s) = 2 * 300: 1314 a task.
     assert Case(network, T=4, S=2, N=5, M=7).flops == 4 * 1314

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from benchmarks.cases import LOSSES
 from benchmarks.implementation import Gradient, Implementation, MetaStep
-from benchmarks.problem import Problem
+from benchmarks.networks import LOSSES
+from benchmarks.problem import Problem, adapting
 
 
 class AutogradLoop(Implementation):
@@ -28,11 +28,11 @@ class AutogradLoop(Implementation):
         case, episodes = problem.case, problem.episodes
         model = copy.deepcopy(problem.model)
         loss, rate = LOSSES[case.network.loss], case.network.inner_lr
-        theta: dict[str, Tensor] = dict(model.named_parameters())
+        theta: dict[str, Tensor] = dict(adapting(model))
 
         def run() -> Tensor:
             model.zero_grad(set_to_none=True)
-            total = torch.zeros_like(episodes.support_x[0, 0, 0])
+            total = episodes.support_x.new_zeros(())
             for support_x, support_y, query_x, query_y in zip(*episodes, strict=True):
                 fast = theta
                 for _ in range(case.S):

@@ -1,6 +1,6 @@
 """All tasks at once with `jax.jit(value_and_grad(vmap))`, in float32, from torch's parameters.
 
-The weights are kept [I, O], as JAX code does; the classes' log-probabilities are picked by a
+Layouts are those of JAX code (see `jax_layers`); the classes' log-probabilities are picked by a
 one-hot product, which XLA fuses, rather than by a gather. The inner steps are unrolled.
 """
 
@@ -12,11 +12,9 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks.cases import Case
 from benchmarks.implementation import Gradient, Implementation, MetaStep
-from benchmarks.problem import Problem
+from benchmarks.problem import Problem, adapting
 
 
 class JaxJit(Implementation):
@@ -44,41 +42,31 @@ class JaxJit(Implementation):
 
     def prepare(self, problem: Problem) -> MetaStep:
         import jax
-        import numpy as np
+
+        from benchmarks.peers import jax_layers
 
         jax.config.update(
             "jax_default_matmul_precision", "highest"
         )  # float32 products, as torch does them
         place = _device(problem.episodes.support_x.device)
-
-        def share(tensor: Tensor) -> Any:
-            array = tensor.detach().cpu().numpy()
-            return jax.device_put(
-                array.astype(np.int32) if array.dtype == np.int64 else array, place
-            )
-
-        layers = [layer for layer in problem.model if isinstance(layer, nn.Linear)]
-        theta = [(share(layer.weight.T.contiguous()), share(layer.bias)) for layer in layers]
-        episodes = [share(tensor) for tensor in problem.episodes]
-        step = (
-            jax.jit(jax.value_and_grad(_meta_loss(problem.case))).lower(theta, *episodes).compile()
-        )
+        theta = {
+            name: jax.device_put(jax_layers.weights(value), place)
+            for name, value in adapting(problem.model).items()
+        }
+        episodes = [
+            jax.device_put(jax_layers.images_last(tensor), place) for tensor in problem.episodes
+        ]
+        step = jax.jit(jax.value_and_grad(_meta_loss(problem))).lower(theta, *episodes).compile()
 
         def run() -> Any:
             return jax.block_until_ready(step(theta, *episodes))
 
         def read(result: Any) -> tuple[float, Gradient]:
-            loss, steps = result
-            names = [
-                name
-                for name, module in problem.model.named_children()
-                if isinstance(module, nn.Linear)
-            ]
-            gradient = {}
-            for name, (weight, bias) in zip(names, steps, strict=True):
-                gradient[f"{name}.weight"] = torch.from_numpy(np.array(weight).T)
-                gradient[f"{name}.bias"] = torch.from_numpy(np.array(bias))
-            return float(loss), gradient
+            loss, gradient = result
+            return float(loss), {
+                name: torch.from_numpy(jax_layers.torch_layout(value))
+                for name, value in gradient.items()
+            }
 
         return MetaStep(run, read)
 
@@ -95,18 +83,15 @@ def _device(device: torch.device) -> Any:
         return None
 
 
-def _meta_loss(case: Case) -> Any:
+def _meta_loss(problem: Problem) -> Any:
     import jax
     import jax.numpy as jnp
 
-    activation = {nn.ReLU: jax.nn.relu, nn.Tanh: jnp.tanh}[case.network.activation]
-    rate = case.network.inner_lr
+    from benchmarks.peers import jax_layers
 
-    def predict(theta: Any, x: Any) -> Any:
-        for weight, bias in theta[:-1]:
-            x = activation(x @ weight + bias)
-        weight, bias = theta[-1]
-        return x @ weight + bias
+    case = problem.case
+    rate = case.network.inner_lr
+    predict = jax_layers.network(problem.model)
 
     def mse(prediction: Any, y: Any) -> Any:
         return jnp.mean((prediction - y) ** 2)

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
-from benchmarks.cases import LOSSES, Case
+from benchmarks.cases import Case
 from benchmarks.implementation import Gradient, Implementation, MetaStep
-from benchmarks.problem import Problem
+from benchmarks.networks import LOSSES
+from benchmarks.problem import Problem, adapting
 
 
 def meta_loss(case: Case, model: nn.Module) -> Callable[..., Tensor]:
-    """Mean query loss of the adapted tasks, as a function of the parameters by name and the four
-    tensors.
+    """Mean query loss of the adapted tasks, as a function of the adapting parameters by name and
+    the four tensors.
     """
     loss, rate = LOSSES[case.network.loss], case.network.inner_lr
 
@@ -48,7 +49,7 @@ class VmapGrad(Implementation):
 
     def prepare(self, problem: Problem) -> MetaStep:
         model = copy.deepcopy(problem.model)
-        theta: Gradient = dict(model.named_parameters())
+        theta: Gradient = dict(adapting(model))
         mean_loss = meta_loss(problem.case, model)
 
         def run() -> Tensor:
@@ -85,7 +86,7 @@ class CompiledVmapGrad(Implementation):
     def prepare(self, problem: Problem) -> MetaStep:
         torch._dynamo.reset()
         model = copy.deepcopy(problem.model)
-        theta = {name: value.detach() for name, value in model.named_parameters()}
+        theta = {name: value.detach() for name, value in adapting(model).items()}
         mode = "reduce-overhead" if problem.episodes.support_x.is_cuda else None
         step = torch.compile(
             grad_and_value(meta_loss(problem.case, model)),
