@@ -5,10 +5,14 @@ from pathlib import Path
 
 import torch
 
+from tests.pictures import make_archive
+
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_the_code_runs(capsys):
+def test_the_code_runs(capsys, tmp_path, monkeypatch):
+    make_archive(tmp_path / "images_background.zip", {"Greek": 6, "Korean": 1}, drawings=2)
+    monkeypatch.chdir(tmp_path)
     text = README.read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 3
