@@ -30,9 +30,7 @@ SOME = (
     "attend tangent [m_query+m_key+a_query+a_key] [base+kept] [relu] 5x20x256x128 tf32x3",
     "sum_rows",
     "conv forward [x+weight+partials] 3x3/1+1 5x14x14 64-64 tf32x3",
-    "conv backward [x+weight+x2+weight2] 3x3/2+1 5x14x14 64-64 tf32x3",
     "conv outer [x+d+x2+d2+base+bias+bias_out] 3x3/1+1 5x14x14 64-64 tf32x3",
-    "conv outer [x+d+base] 3x3/1+1 5x28x28 1-64 tf32x3",
     "norm apply forward batch [relu+pool] [x+code+gamma+beta+stats+out] 5x28x28x64",
     "norm total forward [partials+totals] 64",
 )

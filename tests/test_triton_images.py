@@ -266,21 +266,27 @@ def test_precisions(precision, least, most, draw):
     assert least <= max(errors) <= most
 
 
-def test_relu_through_maml(draw):
-    """The whole way, with a kink in activation and pool: the plan, its check of itself, adapt."""
+def test_relu_and_a_rate_that_learns_through_maml(draw):
+    """The whole way, with a kink in activation and pool: the plan, its check of itself, results."""
     model = nn.Sequential(
         nn.Conv2d(1, 2, 3, padding=1), batch_norm(2), nn.ReLU(), nn.MaxPool2d(2), *head(4)
     )
     model = draw.initialise(model.double())
     batch = image_batch(draw, 2, 3, 3, (1, 4, 3), classes=3)
-    loss, wanted = by_graph(model, batch, "cross_entropy", RATE, 1)
+    rate = nn.Parameter(torch.full((1,), RATE, dtype=torch.float64))
+    by_name = {name: rate for name, _ in model.named_parameters()}
+    loss, wanted = by_graph(model, batch, "cross_entropy", by_name, 1)
     single = TaskBatch(*(t.float() if t.is_floating_point() else t for t in batch))
-    maml = MAML(copy.deepcopy(model).float(), "cross_entropy", RATE, backend="triton")
+    own_rate = nn.Parameter(rate.detach().float())
+    maml = MAML(copy.deepcopy(model).float(), "cross_entropy", own_rate, backend="triton")
     out = maml(*single)
     out.loss.backward()
     assert out.loss.item() == pytest.approx(loss.item(), rel=1e-5)
-    for name, p in maml.model.named_parameters():
+    found = {name: p.grad for name, p in maml.model.named_parameters()}
+    found["rate of 0.weight"] = own_rate.grad
+    for name, gradient in found.items():
         size = max(wanted[name].norm().item(), 1e-3)
-        assert (p.grad.double() - wanted[name]).norm().item() <= 5 * BOUND * size, name
+        assert (gradient.double() - wanted[name]).norm().item() <= 5 * BOUND * size, name
     text = str(maml.plan(single.support_x, single.query_x))
     assert "layers kernels (layer '0' (conv 3x3 1->2) has no fused kernel)" in text
+    assert "at most" in text
