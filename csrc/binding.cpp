@@ -198,6 +198,7 @@ nb::dict sizes(const Prepared& prepared, std::int64_t tasks) {
     named["arena_bytes"] = found.arena_bytes;
     named["chunks"] = found.chunks;
     named["partial_bytes"] = found.partial_bytes;
+    named["replays"] = found.replays;
     return named;
 }
 

@@ -96,6 +96,7 @@ struct Sizes {
     std::int64_t arena_bytes = 0;    // of one thread
     std::int64_t chunks = 0;         // each with a partial sum of its own, added up in order
     std::int64_t partial_bytes = 0;  // of one chunk
+    bool replays = false;            // the adjoint computes each inner step's values again, rather than keep all steps'
 };
 
 class Pool;

@@ -55,6 +55,7 @@ class ProgramSession final : public Session {
         Sizes found;
         found.tile_tasks = TileOf::most_tasks;
         found.arena_bytes = counted_.used();
+        found.replays = blueprint_->replays();
         found.partial_bytes = partial_bytes();
         const Index tiles = ceil_div(tasks, TileOf::most_tasks);
         const Index fitting = PARTIALS_BYTES / larger<Index>(found.partial_bytes, 1);

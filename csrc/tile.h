@@ -38,6 +38,7 @@ class Tile {
 
     const std::vector<Place>& places() const { return places_; }
     Index sum_numbers() const { return sum_numbers_; }
+    bool replays() const { return false; }
     Index rate_numbers() const { return 2 * S * static_cast<Index>(chain_.fast.size()); }
 
    private:

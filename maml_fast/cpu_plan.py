@@ -44,6 +44,7 @@ class CpuPlan:
     chunks: int  # of tiles, whose sums are added up in order
     cycles: float  # predicted, of one core, for all tasks
     lanes: int
+    replays: bool = False  # the adjoint computes each inner step's values again
 
     def seconds(self, doubles: bool) -> float:
         """Predicted for one thread of this processor."""
@@ -54,6 +55,7 @@ class CpuPlan:
         return (
             f"{self.instruction_set}, {self.layout.replace('_', ' ')}: tiles of {self.tile_tasks} "
             f"tasks in {self.chunks} chunks, arena {self.arena_bytes / 1024:.0f} KiB a thread; "
+            f"{'inner steps computed again in the adjoint; ' if self.replays else ''}"
             f"predicted {self.seconds(doubles) * 1e3:.3g} ms on one thread"
         )
 
@@ -113,7 +115,8 @@ def plan_for_cpu(
     plan = CpuPlan(name, choice.layout, choice.tile_tasks, 0, 0, cycles, machine.lanes)
     variant = Variant.planned(asked, shapes, adapting)
     sizes = prepare(planned, plan, variant, shapes).sizes(shapes.tasks)
-    return planned, replace(plan, arena_bytes=sizes["arena_bytes"], chunks=sizes["chunks"])
+    found = {name: sizes[name] for name in ("arena_bytes", "chunks", "replays")}
+    return planned, replace(plan, **found)
 
 
 def _is_norm(layer: LayerPlan) -> bool:

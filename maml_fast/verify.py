@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from maml_fast import meta_step
 from maml_fast.backends import reference
+from maml_fast.cpu_plan import IMAGES
 from maml_fast.errors import UnsupportedModelError
 from maml_fast.ops import Norm
 from maml_fast.plan import PLANNED, Plan
@@ -63,6 +64,8 @@ def agrees(plan: Plan, problem: Problem, batch: TaskBatch) -> bool | None:
         problem, inner_steps=min(1, problem.inner_steps), rates=_first_rates(problem.rates)
     )
     batch = TaskBatch(*(tensor[:1] for tensor in batch))
+    if plan.cpu is not None and plan.cpu.layout == IMAGES:
+        batch = _with_few_queries(batch)
     plan = _exact(plan)
     with _exact_products():
         distance = _distance(plan, problem, batch)
@@ -80,6 +83,13 @@ def agrees(plan: Plan, problem: Problem, batch: TaskBatch) -> bool | None:
         return distance is not None and distance <= DOUBLE_BOUND
     except (RuntimeError, TypeError, ValueError):
         return False
+
+
+def _with_few_queries(batch: TaskBatch) -> TaskBatch:
+    """No more query rows than support rows, or five: autograd's graph of many large images would
+    need more memory than the meta-step that it judges, whose layers treat all rows alike."""
+    few = max(batch.support_x.shape[1], 5)
+    return TaskBatch(*batch[:2], *(tensor[:, :few] for tensor in batch[2:]))
 
 
 def _has_kink(plan: Plan) -> bool:

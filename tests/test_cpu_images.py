@@ -166,6 +166,26 @@ def test_conv4(instructions, form, steps, first_order):
     assert_equals_loop(model, batch, steps=steps, first_order=first_order)
 
 
+@pytest.mark.parametrize(("rows", "queries"), [(150, 40), (40, 500)])
+def test_steps_computed_again(instructions, rows, queries):
+    draw = Draw(12)
+    model = build(
+        draw,
+        [
+            *(conv(1, 7, 3, padding=1), batch_norm(7), nn.ReLU(), nn.MaxPool2d(2)),
+            *(conv(7, 9, 3, padding=1, bias=True), nn.LeakyReLU(), nn.MaxPool2d(2)),
+            *(conv(9, 5, 3, padding=1), batch_norm(5), nn.SiLU(), nn.AvgPool2d(2)),
+            *(nn.Flatten(), nn.Linear(5, 3)),
+        ],
+    )
+    batch = batch_for(draw, model, (1, 11, 9), rows=rows, queries=queries)
+    plan = MAML(model, "cross_entropy", 0.1, 3, backend="cpu").plan(batch[0], batch[2])
+    assert plan.cpu.replays
+    assert "inner steps computed again in the adjoint" in str(plan)
+    assert_equals_loop(model, batch, steps=3)
+    assert_equals_loop(model, batch, steps=3, first_order=True)
+
+
 def test_many_steps(instructions):
     draw = Draw(2)
     model = miniimagenet_conv4(3, 4, image_size=19, dtype=torch.float64)
@@ -233,10 +253,7 @@ FROZEN = {
 }
 
 
-@pytest.mark.parametrize("first_order", [False, True])
-@pytest.mark.parametrize("frozen", FROZEN)
-def test_frozen_parameters_and_learned_rates(instructions, frozen, first_order):
-    draw = Draw(8)
+def partly_frozen(draw, frozen):
     model = build(
         draw,
         [
@@ -248,8 +265,20 @@ def test_frozen_parameters_and_learned_rates(instructions, frozen, first_order):
     for name, parameter in model.named_parameters():
         parts = FROZEN[frozen]
         parameter.requires_grad_(not (name in parts or name.split(".")[0] in parts))
+    return model
+
+
+# The last two: so many that the adjoint computes inner steps again rather than keep them.
+@pytest.mark.parametrize(
+    ("first_order", "rows", "queries"),
+    [(False, 4, 3), (True, 4, 3), (True, 3, 7), (False, 500, 3), (False, 4, 1500)],
+)
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_frozen_parameters_and_learned_rates(instructions, frozen, first_order, rows, queries):
+    draw = Draw(8)
+    model = partly_frozen(draw, frozen)
     adapting = [name for name, p in model.named_parameters() if p.requires_grad]
-    batch = batch_for(draw, model, (2, 7, 6))
+    batch = batch_for(draw, model, (2, 7, 6), rows=rows, queries=queries)
     double = dict(dtype=torch.float64)
     rates = {
         name: nn.Parameter(torch.tensor([0.1, 0.2, 0.05], **double)) if i % 2 == 0 else 0.15
@@ -260,6 +289,8 @@ def test_frozen_parameters_and_learned_rates(instructions, frozen, first_order):
         wanted = MAML(model, "cross_entropy", 0.1, 3, backend="reference")(*batch)
         torch.testing.assert_close(maml(*batch).query_outputs, wanted.query_outputs)
         return
+    if frozen == "a bias":
+        assert maml.plan(batch.support_x, batch.query_x).cpu.replays == (rows + queries > 400)
     wanted = by_graph(model, batch, "cross_entropy", rates, 3, first_order)[1]
     found = gradients(maml, batch)
     learned = {f"rate of {n}": r.grad for n, r in rates.items() if isinstance(r, nn.Parameter)}

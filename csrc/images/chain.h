@@ -16,24 +16,38 @@ class ImageChain : public ImageStages<T> {
     using ImageStages<T>::stages;
 
     // With an arena that only counts, a chain to ask for sizes.
-    ImageChain(const Program& program, Arena& arena) : ImageStages<T>(program), S(program.steps) { allocate(arena); }
+    ImageChain(const Program& program, Arena& arena) : ImageStages<T>(program), S(program.steps) {
+        if (second_order() && S > 1) {
+            Arena counted;
+            allocate(counted);
+            replays = counted.used() > MOST_KEPT;
+        }
+        allocate(arena);
+    }
 
     bool second_order() const { return program.gradient && !program.first_order; }
     Index last() const { return static_cast<Index>(stages.size()); }
     ImageEdge<T>& data() { return prelude_edges.front(); }
 
     const Index S;
+    // Whether the adjoint finds nothing of the inner steps but the fast weights, and computes a step's values again.
+    bool replays = false;
     std::unique_ptr<Loss<T>> loss;
     std::vector<LossPass<T>> passes;  // [S + 1], on rows in lanes
     View<T> t_z, t_d;                 // of the loss
 
    private:
+    // From so much memory on, a step's values are not kept: of a tile, with all steps'. Below, it stays in caches.
+    static constexpr Index MOST_KEPT = Index{8} << 20;
+
+    // May be called again.
     void allocate(Arena& arena) {
         // What is kept of each inner step: all that the adjoint reads, or else only what the next step overwrites.
-        kept_ = second_order() ? S : smaller<Index>(S, 1);
+        kept_ = keeps_steps() ? S : smaller<Index>(S, 1);
         const bool bare = this->reads_bare();
         for (ImageEdge<T>& edge : prelude_edges) {
             const bool is_data = &edge == &prelude_edges.front();
+            edge.value.clear();
             for (Index rows : {edge.rows, edge.query_rows})
                 edge.value.push_back(take_image<T>(arena, rows, edge.shape, edge.border, is_data && bare));
         }
@@ -48,14 +62,21 @@ class ImageChain : public ImageStages<T> {
         allocate_loss(arena);
         this->workspace.allocate(arena);
     }
-    Image<T> image(Arena& arena, const ImageEdge<T>& edge, bool query) const {
-        return take_image<T>(arena, query ? edge.query_rows : edge.rows, edge.shape, edge.border);
+    // Whether steps' values are still read when the query's have been written.
+    bool keeps_steps() const { return second_order() && !replays; }
+    Image<T> image(Arena& arena, const ImageEdge<T>& edge, Index rows) const {
+        return take_image<T>(arena, rows, edge.shape, edge.border);
     }
-    // An image for each step that is kept, shared by the others, and one for the query.
+    // An image for each step that is kept, shared by the others, and one for the query, which may take the place of the steps'.
     std::vector<Image<T>> own(Arena& arena, const ImageEdge<T>& edge, Index kept, bool query) {
         std::vector<Image<T>> images(S + 1);
-        for (Index k = 0; k < S; ++k) images[k] = k < kept ? image(arena, edge, false) : images[0];
-        if (query) images[S] = image(arena, edge, true);
+        if (query && !keeps_steps()) {
+            images.assign(S + 1, image(arena, edge, larger(S ? edge.rows : 0, edge.query_rows)));
+            for (Index k = 0; k <= S; ++k) images[k].rows = k < S ? edge.rows : edge.query_rows;
+            return images;
+        }
+        for (Index k = 0; k < S; ++k) images[k] = k < kept ? image(arena, edge, edge.rows) : images[0];
+        if (query) images[S] = image(arena, edge, edge.query_rows);
         return images;
     }
     void allocate_cotangents(Arena& arena) {
@@ -72,9 +93,9 @@ class ImageChain : public ImageStages<T> {
         for (Index e = 0; e <= last(); ++e) {
             ImageEdge<T>& edge = edges[e];
             if (e == 0 && (stages.empty() || stages[0]->reads_bare())) continue;
-            edge.tangent.assign(S, image(arena, edge, false));  // of the data: zeros
+            edge.tangent.assign(S, image(arena, edge, edge.rows));  // of the data: zeros
             const bool in_place = e < last() && stages[e]->works_in_place();
-            if (e > 0) edge.t_cotangent = in_place ? edge.tangent : std::vector<Image<T>>(S, image(arena, edge, false));
+            if (e > 0) edge.t_cotangent = in_place ? edge.tangent : std::vector<Image<T>>(S, image(arena, edge, edge.rows));
         }
     }
     void allocate_loss(Arena& arena) {

@@ -58,9 +58,12 @@ class ImageConv final : public ImageStage<T> {
         const typename Winograd<T>::Pair pair{in->value[k], d};
         if (parameters.weight.adapts()) outer_all(&pair, 1, parameters.weight.gradient(k), false);
         if (parameters.bias.adapts()) add_pixels(d, parameters.bias.gradient(k), false);
+        replay_backward(k);
+    }
+    void replay_backward(Index k) override {
         if (first) return;
         turn_weights(conv, parameters.weight.value(k), turned_);
-        const ConvTerm<T> term{turned_, d};
+        const ConvTerm<T> term{turned_, out->cotangent[k]};
         turned_all(&term, 1, in->cotangent[k]);
     }
     void tangent(Index k) override {

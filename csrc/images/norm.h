@@ -46,6 +46,7 @@ class ImageNorm final : public ImageStage<T> {
     void allocate(Arena& arena, Index kept) override {
         parameters.allocate(arena);
         const Index passes = static_cast<Index>(in->value.size());
+        keeps_steps_ = kept > 1;
         steps_.resize(passes);
         for (Index k = 0; k < passes; ++k) {
             if (k >= kept && k < passes - 1) {
@@ -113,7 +114,8 @@ class ImageNorm final : public ImageStage<T> {
         each_set(k, [&](const Span& span, double* const* m) {
             const T *g = parameters.gamma(k), *t_gamma = parameters.t_gamma();
             put_value(k, m);
-            if (!first_ && k + 2 < static_cast<Index>(in->value.size())) spread(k, span, m);  // that of the last step is there
+            if (!first_ && keeps_steps_ && k + 2 < static_cast<Index>(in->value.size()))
+                spread(k, span, m);  // that of the last step is there
             put(BY_T, [&](Index c) { return m[MT][c]; });
             passes_.sum_t_cotangents(z, t_z, dy, t_dy, steps_[k].codes, span, p1, p2, p3);
             for (Index c = 0; c < C; ++c) {
@@ -209,6 +211,7 @@ class ImageNorm final : public ImageStage<T> {
     const NormSets sets_;
     const Index C, Cp;
     NormPasses<T, BEND, POOL> passes_;
+    bool keeps_steps_ = false;
     std::vector<Step> steps_;                    // [passes]
     double *parts_ = nullptr, *sums_ = nullptr;  // [rows][Cp][2], [5][Cp]
 };

@@ -55,6 +55,8 @@ class ImageStage {
 
     virtual void forward(Index k) = 0;
     virtual void backward(Index k) = 0;
+    // `backward` once more, at a step whose gradients of parameters are known.
+    virtual void replay_backward(Index k) { backward(k); }
     virtual void tangent(Index k) = 0;
     virtual void tangent_backward(Index k) = 0;
 

@@ -42,6 +42,7 @@ class ImageTile {
 
     const std::vector<Place>& places() const { return places_; }
     Index sum_numbers() const { return sum_numbers_; }
+    bool replays() const { return chain_.replays; }
     Index rate_numbers() const { return 2 * S * static_cast<Index>(chain_.fast.size()); }
 
    private:
@@ -139,7 +140,15 @@ class ImageTile {
         for (std::size_t i = 0; i < places_.size(); ++i)
             chain_.fast[i].layer->add_gradient(sums.numbers + places_[i].weight, sums.numbers + places_[i].bias);
     }
+    // What step k has computed and others have overwritten.
+    void replay(Index k) {
+        forward(k);
+        loss(k);
+        from_lanes(chain_.passes[k].d, output().cotangent[k]);
+        for (Index i = chain_.last() - 1; i >= 0; --i) chain_.stages[i]->replay_backward(k);
+    }
     void hessian_product(Index k) {
+        if (chain_.replays) replay(k);
         for (const auto& stage : chain_.stages) stage->tangent(k);
         to_lanes(output().tangent[k], chain_.t_z);
         chain_.loss->tangent(chain_.passes[k], chain_.t_z, chain_.t_d);
