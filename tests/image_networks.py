@@ -140,9 +140,9 @@ def image_batch(
 
 
 def assert_near(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], bound: float) -> None:
-    """Every tensor of `wanted`, by name: ||found - wanted|| <= bound * ||wanted|| and a few
-    roundings of the largest, for a gradient that saturated layers have made small is of differences that
-    cancel, in the loop as well.
+    """Every tensor of `wanted`, by name: ||found - wanted|| <= bound * ||wanted||, and a few
+    roundings of the largest more: saturated layers make small gradients of differences that cancel,
+    in the loop as well.
 
     A bias that a norm takes away again has a gradient of 0, of which both have rounding only: one
     below 1e-12 of the largest may differ by as much.
