@@ -52,7 +52,7 @@ def _convolved(
             k = start + tl.arange(0, BLOCK_C)
             tap = k // channels
             c = k - tap * channels
-            i = tap // taps_w
+            i = tap // tl.maximum(taps_w, 1)  # the division may run ahead of the loop
             j = tap - i * taps_w
             source_h, source_w = h[:, None] + (sign * i)[None, :], w[:, None] + (sign * j)[None, :]
             ok = row_ok[:, None] & (k < summed)[None, :]
@@ -67,7 +67,7 @@ def _convolved(
         blocks = tl.cdiv(channels, BLOCK_C)
         for block in range(taps_h * taps_w * blocks):
             tap = block // blocks
-            i = tap // taps_w
+            i = tap // tl.maximum(taps_w, 1)  # the division may run ahead of the loop
             j = tap - i * taps_w
             c = (block - tap * blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
             c_ok = c < channels
@@ -165,9 +165,12 @@ def conv_kernel(
         count = tl.minimum(images * high * wide - tile * BLOCK_R, BLOCK_R).to(tl.float32)
         mean = tl.sum(tl.where(ok, acc, 0.0), 0) / count
         apart = tl.where(ok, acc - mean[None, :], 0.0)
+        rest = tl.sum(apart, 0) / count  # what the mean was off by, where it is large
+        mean += rest
+        squares = tl.sum(apart * apart, 0) - count * rest * rest
         partials += (task * tiles + tile) * 2 * out_channels + o
         tl.store(partials, mean, mask=o_ok)
-        tl.store(partials + out_channels, tl.sum(apart * apart, 0), mask=o_ok)
+        tl.store(partials + out_channels, squares, mask=o_ok)
 
 
 @triton.jit

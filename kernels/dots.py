@@ -1,7 +1,9 @@
 """Products of tiles on tensor cores, in one of four precisions.
 
 tf32x3    fp32-exact (error 2e-7 to 1e-6): three tf32 products of a split a = high + low, small
-          terms first; low times low, and the last bit of a low part, are beyond a float32's digits
+          terms first; low times low, and the last bit of a low part, are beyond a float32's digits.
+          The three make a sum of their own, which is added by the ordinary units: tensor cores cut
+          off digits when they add, and over a long sum that would be more than is spared
 ieee      fp32-exact by FMA: slower, for checks
 tf32      operands rounded to 10 bits
 bf16      operands rounded to 7 bits
@@ -22,9 +24,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, for tiles a [m, k], b [k, n] and acc [m, n] in float32."""
     if PRECISION == "tf32x3":
         a_high, b_high = to_tf32(a), to_tf32(b)
-        acc = tl.dot(a - a_high, b_high, acc, input_precision="tf32")
-        acc = tl.dot(a_high, b - b_high, acc, input_precision="tf32")
-        acc = tl.dot(a_high, b_high, acc, input_precision="tf32")
+        part = tl.dot(a - a_high, b_high, input_precision="tf32")
+        part = tl.dot(a_high, b - b_high, part, input_precision="tf32")
+        acc += tl.dot(a_high, b_high, part, input_precision="tf32")
     elif PRECISION == "tf32":
         acc = tl.dot(_kept_nan(a), _kept_nan(b), acc, input_precision="tf32")
     elif PRECISION == "bf16":

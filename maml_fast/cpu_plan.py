@@ -17,6 +17,7 @@ from maml_fast.ops import (
     AveragePool,
     BatchNorm,
     Conv2d,
+    Features,
     GlobalMean,
     GroupNorm,
     LayerNorm,
@@ -71,11 +72,23 @@ def refusals(layers: Sequence[LayerPlan], shapes: Shapes) -> list[str]:
         return [f"the data are on {shapes.device}; backend 'cpu' wants them on the CPU"]
     if missing := cpu_features.why_missing():
         return [missing]
-    return [
+    found = [
         f"layer '{layer.link.name}' ({layer.link.op}): has no C++ operation"
         for layer in layers
         if not _has(layer)
     ]
+    return found + [
+        f"layer '{layer.link.name}' ({layer.link.op}): C++ has layer norms of all axes, of all but "
+        f"the channels, or of the last; a row is {list(layer.features)}"
+        for layer in layers
+        if isinstance(layer.link.op, LayerNorm) and not _spans(layer.link.op, layer.features)
+    ]
+
+
+def _spans(op: LayerNorm, features: Features) -> bool:
+    """Whether images of three axes, the channels, all between and the last, show what is normed."""
+    normed = math.prod(op.shape)
+    return normed in (math.prod(features), math.prod(features[1:]), features[-1])
 
 
 def _has(layer: LayerPlan) -> bool:

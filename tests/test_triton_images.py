@@ -52,6 +52,13 @@ KINDS = {
         ),
         (2, 7, 4),
     ),
+    "a norm of one channel's pixels": lambda: (
+        nn.Sequential(
+            nn.Conv2d(1, 1, 3), nn.Flatten(),
+            nn.BatchNorm1d(6, track_running_stats=False), nn.Tanh(), nn.Linear(6, 3),
+        ),
+        (1, 4, 5),
+    ),
     "activations around norm and pool": lambda: (
         nn.Sequential(
             nn.Conv2d(1, 4, 3, padding=1), nn.Softplus(), nn.GroupNorm(2, 4), nn.MaxPool2d(2),

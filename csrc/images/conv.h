@@ -58,14 +58,9 @@ class ImageConv final : public ImageStage<T> {
         const typename Winograd<T>::Pair pair{in->value[k], d};
         if (parameters.weight.adapts()) outer_all(&pair, 1, parameters.weight.gradient(k), false);
         if (parameters.bias.adapts()) add_pixels(d, parameters.bias.gradient(k), false);
-        replay_backward(k);
+        turn_back(k);
     }
-    void replay_backward(Index k) override {
-        if (first) return;
-        turn_weights(conv, parameters.weight.value(k), turned_);
-        const ConvTerm<T> term{turned_, out->cotangent[k]};
-        turned_all(&term, 1, in->cotangent[k]);
-    }
+    void replay_backward(Index k) override { turn_back(k); }
     void tangent(Index k) override {
         parameters.aim(k);
         ConvTerm<T> terms[2];
@@ -93,6 +88,12 @@ class ImageConv final : public ImageStage<T> {
     }
 
    private:
+    void turn_back(Index k) {
+        if (first) return;
+        turn_weights(conv, parameters.weight.value(k), turned_);
+        const ConvTerm<T> term{turned_, out->cotangent[k]};
+        turned_all(&term, 1, in->cotangent[k]);
+    }
     // The three products, by planes or by plain sums.
     void convolve_all(const ConvTerm<T>* terms, Index count, const T* base, const Image<T>& z) {
         if (by_planes_)

@@ -10,6 +10,8 @@
 //     lam_w += t_r (gamma B - N p mu - N E mux) + r (gamma t_B + t_gamma B - N p mtu - N F mux - N E mw)
 // with the means of norm.h: N mu = gamma s1, N mux = gamma s2, N mtu = gamma p1 + t_gamma s1,
 // N mw = gamma (p2 + p3) + t_gamma s2, t_r = -r^2 mxt. The small matrices [n][K] are in double.
+// What the sums over pixels would lose of digits once, w^T Q w loses twice: of filters that take away nearly all of what the
+// data vary by (a Laplace filter, of a slope a hundred times its noise), a float32's statistics keep fewer digits than torch's.
 #pragma once
 
 #include <math.h>

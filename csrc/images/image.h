@@ -30,8 +30,6 @@ struct Image {
     T* at(Index row, Index y, Index x) const { return p + row * by_row + y * by_line + x * by_pixel; }
     Index vectors() const { return ceil_div(shape.channels, LANES<T>); }
     Index pixels() const { return rows * shape.positions(); }
-    // Whether pixels follow each other without a gap from row to row.
-    bool dense() const { return by_line == shape.width * by_pixel && by_row == shape.height * by_line; }
 };
 
 // Channels, counted in whole vectors.
@@ -52,16 +50,6 @@ Image<T> take_image(Arena& arena, Index rows, ImageShape shape, Index border, bo
     T* start = arena.template take<T>(rows * image.by_row);
     if (start) image.p = start + border * (image.by_line + image.by_pixel);
     return image;
-}
-
-// Calls visit(pixel of a, pixel of b) for each pixel of images of one shape.
-template <class T, class Visit>
-MAML_FAST_INLINE void each_pixel(const Image<T>& a, const Image<T>& b, Visit visit) {
-    for (Index r = 0; r < a.rows; ++r)
-        for (Index y = 0; y < a.shape.height; ++y) {
-            T *p = a.at(r, y, 0), *q = b.at(r, y, 0);
-            for (Index x = 0; x < a.shape.width; ++x, p += a.by_pixel, q += b.by_pixel) visit(p, q);
-        }
 }
 
 }  // namespace maml_fast::MAML_FAST_ISA

@@ -9,7 +9,7 @@
 //     t_dz = t_r (u - m(u) - xhat m(u xhat)) + r (t_u - m(t_u) - t_xhat m(u xhat) - xhat m(t_u xhat + u t_xhat))
 //     lam_gamma += sum(t_dy xhat + dy t_xhat), lam_beta += sum t_dy     t_u = gamma t_dy + t_gamma dy
 // The passes give sums and take results with single coefficients of z - m(z), t_z, dy and t_dy; what is done with each channel's
-// sums in between is in double.
+// sums in between is in double, and there it is told what the passes' m(z), rounded to T, is off by.
 #pragma once
 
 #include <math.h>
@@ -82,7 +82,7 @@ class ImageNorm final : public ImageStage<T> {
         each_set(k, [&](const Span& span, double* const* m) {
             put_value(k, m);
             passes_.sum_cotangents(z, dy, steps_[k].codes, span, m[S1], m[S2]);
-            for (Index c = 0; c < C; ++c) m[S2][c] *= m[R][c];
+            for (Index c = 0; c < C; ++c) m[S2][c] = m[R][c] * (m[S2][c] - off(m, c) * m[S1][c]);
             if (parameters.weight.adapts()) add_to(parameters.weight.gradient(k), m[S2]);
             if (parameters.bias.adapts()) add_to(parameters.bias.gradient(k), m[S1]);
             if (first_) return;
@@ -100,10 +100,11 @@ class ImageNorm final : public ImageStage<T> {
             put_value(k, m);
             passes_.sum_tangents(z, t_z, span, sums_, sums_ + Cp);
             average(span, m[MT], [&](Index c) { return sums_[c]; });
-            average(span, m[MXT], [&](Index c) { return m[R][c] * sums_[Cp + c]; });
+            average(span, m[MXT], [&](Index c) { return m[R][c] * (sums_[Cp + c] - off(m, c) * sums_[c]); });
             const T *g = parameters.gamma(k), *t_gamma = parameters.t_gamma(), *t_beta = parameters.t_beta();
-            put(CONSTANT, [&](Index c) { return t_beta[c] - g[c] * m[R][c] * m[MT][c]; });
-            put(BY_Z, [&](Index c) { return (t_gamma[c] - g[c] * m[R][c] * m[MXT][c]) * m[R][c]; });
+            put_by_z(
+                m, [&](Index c) { return t_beta[c] - g[c] * m[R][c] * m[MT][c]; },
+                [&](Index c) { return (t_gamma[c] - g[c] * m[R][c] * m[MXT][c]) * m[R][c]; });
             passes_.apply_tangents(z, t_z, steps_[k].codes, span, out->tangent[k]);
         });
     }
@@ -119,7 +120,7 @@ class ImageNorm final : public ImageStage<T> {
             put(BY_T, [&](Index c) { return m[MT][c]; });
             passes_.sum_t_cotangents(z, t_z, dy, t_dy, steps_[k].codes, span, p1, p2, p3);
             for (Index c = 0; c < C; ++c) {
-                p2[c] *= m[R][c];
+                p2[c] = m[R][c] * (p2[c] - off(m, c) * p1[c]);
                 p3[c] = m[R][c] * (p3[c] - m[MXT][c] * m[S2][c]);  // now sum dy t_xhat
             }
             if (parameters.bias.adapts()) add_to(parameters.bias.adjoint(), p1);
@@ -128,10 +129,9 @@ class ImageNorm final : public ImageStage<T> {
             if (first_) return;
             average(span, mtu, [&](Index c) { return g[c] * p1[c] + t_gamma[c] * m[S1][c]; });
             average(span, mw, [&](Index c) { return g[c] * (p2[c] + p3[c]) + t_gamma[c] * m[S2][c]; });
-            put(CONSTANT, [&](Index c) {
-                return m[R][c] * (m[R][c] * (m[MXT][c] * m[MU][c] + m[MUX][c] * m[MT][c]) - mtu[c]);
-            });
-            put(BY_Z, [&](Index c) { return m[R][c] * m[R][c] * (2 * m[R][c] * m[MUX][c] * m[MXT][c] - mw[c]); });
+            put_by_z(
+                m, [&](Index c) { return m[R][c] * (m[R][c] * (m[MXT][c] * m[MU][c] + m[MUX][c] * m[MT][c]) - mtu[c]); },
+                [&](Index c) { return m[R][c] * m[R][c] * (2 * m[R][c] * m[MUX][c] * m[MXT][c] - mw[c]); });
             put(BY_T, [&](Index c) { return -m[R][c] * m[R][c] * m[MUX][c]; });
             put(BY_DY, [&](Index c) { return m[R][c] * (t_gamma[c] - m[R][c] * m[MXT][c] * g[c]); });
             passes_.spread_t_cotangents(z, t_z, dy, t_dy, steps_[k].codes, span, in->t_cotangent[k]);
@@ -147,8 +147,8 @@ class ImageNorm final : public ImageStage<T> {
 
     // dz, from the means of u.
     void spread(Index k, const Span& span, double* const* m) {
-        put(CONSTANT, [&](Index c) { return -m[R][c] * m[MU][c]; });
-        put(BY_Z, [&](Index c) { return -m[R][c] * m[R][c] * m[MUX][c]; });
+        put_by_z(
+            m, [&](Index c) { return -m[R][c] * m[MU][c]; }, [&](Index c) { return -m[R][c] * m[R][c] * m[MUX][c]; });
         passes_.spread_cotangents(in->value[k], out->cotangent[k], steps_[k].codes, span, in->cotangent[k]);
     }
 
@@ -203,8 +203,16 @@ class ImageNorm final : public ImageStage<T> {
         const T *g = parameters.gamma(k), *b = parameters.beta(k);
         put(BASE, [&](Index c) { return m[MEAN][c]; });
         put(SCALE, [&](Index c) { return g[c] * m[R][c]; });
-        put(SHIFT, [&](Index c) { return b[c]; });
+        put(SHIFT, [&](Index c) { return b[c] - g[c] * m[R][c] * off(m, c); });
     }
+    // A constant, and what is multiplied by z less its mean.
+    template <class Constant, class Value>
+    void put_by_z(double* const* m, Constant constant, Value by_z) {
+        put(CONSTANT, [&](Index c) { return constant(c) - off(m, c) * by_z(c); });
+        put(BY_Z, by_z);
+    }
+    // The mean less the one that the passes take away.
+    static double off(double* const* m, Index c) { return m[MEAN][c] - static_cast<double>(static_cast<T>(m[MEAN][c])); }
 
     const bool first_;
     const ImageShape shape_;

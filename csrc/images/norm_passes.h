@@ -147,19 +147,22 @@ class NormPasses {
     // Each row's mean, and the sum of squares about it: [rows][Cp][2].
     void measure(const Image<T>& z, const Span& span, double* parts) const {
         const Units<T, POOL> units{z, z};
-        const T share = T(1) / static_cast<T>(span.lines * z.shape.width);
+        const double count = static_cast<double>(span.lines * z.shape.width);
+        const T share = T(1) / static_cast<T>(count);
         each(span, [&](Index row, Index c) {
-            V sum[1], squares[1];
+            V sum[1], squares[2];
             units.sum(row, span, c, sum, [&](Index i, V(&part)[1]) { part[0] += load(z.p + i); });
             const V mean = sum[0] * share;
-            units.sum(row, span, c, squares, [&](Index i, V(&part)[1]) {
+            units.sum(row, span, c, squares, [&](Index i, V(&part)[2]) {
                 const V d = load(z.p + i) - mean;
                 part[0] += d * d;
+                part[1] += d;
             });
             double* to = parts + 2 * ((row - span.row) * Cp + c);
-            for (int j = 0; j < L; ++j) {
-                to[2 * j] = static_cast<double>(mean[j]);
-                to[2 * j + 1] = static_cast<double>(squares[0][j]);
+            for (int j = 0; j < L; ++j) {  // what the mean was off by, where it is large beside the rest
+                const double rest = static_cast<double>(squares[1][j]);
+                to[2 * j] = static_cast<double>(mean[j]) + rest / count;
+                to[2 * j + 1] = larger(static_cast<double>(squares[0][j]) - rest * rest / count, 0.0);
             }
         });
     }

@@ -46,13 +46,24 @@ class Patches {
     double *mean = nullptr, *covariance = nullptr;  // [n], [n][n]
 
    private:
+    // Whether patches reach a line or column, of so many where there are `results` of them.
+    bool reaches(Index at, Index results) const {
+        const Index padded = at + conv_.padding;
+        return padded - conv_.stride * smaller(padded / conv_.stride, results - 1) < conv_.kernel;
+    }
     void centre(const Image<T>& data, Index c) {
-        double total = 0;
+        double total = 0, count = 0;
+        const ImageShape z = conv_.result(data.shape);
         each_line(data, [&](Index r, Index y) {
+            if (!reaches(y, z.height)) return;
             const T* p = data.at(r, y, 0) + c;
-            for (Index x = 0; x < data.shape.width; ++x) total += static_cast<double>(p[x * data.by_pixel]);
+            for (Index x = 0; x < data.shape.width; ++x) {
+                if (!reaches(x, z.width)) continue;
+                total += static_cast<double>(p[x * data.by_pixel]);
+                ++count;
+            }
         });
-        const T middle = static_cast<T>(total / static_cast<double>(data.pixels()));
+        const T middle = static_cast<T>(total / count);
         T* to = centred.at(0, -conv_.padding, -conv_.padding) + c;
         for (Index i = 0; i < centred.rows * centred.by_row; i += centred.by_pixel) to[i] = -middle;
         each_line(data, [&](Index r, Index y) {

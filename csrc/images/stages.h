@@ -110,8 +110,8 @@ class ImageStages {
     std::size_t add_norm(const std::vector<Layer>& layers, std::size_t i) {
         const Layer& layer = layers[i];
         const ImageEdge<T> x = source(layer);
-        if (layer.norm == NormKind::layer && x.shape.positions() > 1) {
-            // In two stages, of which the one without parameters runs once if nothing below adapts.
+        if (layer.norm == NormKind::layer && (x.shape.positions() > 1 || layer.out_features != x.shape.channels)) {
+            // Of what are not the channels alone: in two stages, of which the one without parameters runs once if nothing below adapts.
             const bool first = is_first(layer);
             push(new ImageNorm<T, Bend::none, false>(layer, program, x.shape, false, true, {}), layer.prelude || first, x, x.shape);
             if (layer.has_weight || layer.has_bias)

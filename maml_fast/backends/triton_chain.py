@@ -110,8 +110,14 @@ class Chain:
             weights = NormLayer(self.spec_of(op), positions)
         seen = Seen.by(op, features, self.channels_last)
         block = NormBlock(seen, self.precision, op, weights)
-        if seen.norm == "batch" and self.blocks and isinstance(self.blocks[-1], ConvBlock):
-            self.blocks[-1].follower = block
+        last = self.blocks[-1] if self.blocks else None
+        # Flattened, a convolution's one channel may be many of the norm's.
+        if (
+            seen.norm == "batch"
+            and isinstance(last, ConvBlock)
+            and last.op.out_channels == seen.channels
+        ):
+            last.follower = block
         self.blocks.append(block)
 
     def _add_pool(self, features: Features) -> None:
