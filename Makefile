@@ -5,6 +5,9 @@ VENV ?= .venv
 ITERATIONS ?= 70000
 # More arguments for pytest or the benchmarks, as in: make test ARGS="-k sinusoid"
 ARGS ?=
+# Processes that tests run in, each with one thread unless a test asks for more
+WORKERS ?= auto
+IN_WORKERS := -n $(WORKERS) --dist worksteal
 
 BIN := $(VENV)/bin
 DEMO := runs/demo
@@ -35,14 +38,15 @@ demo: $(VENV)/.installed-train ## Train the sinusoid, half a minute, then evalua
 	    --json $(DEMO)/evaluation.json
 
 test: $(VENV)/.installed-test ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_WORKERS) $(ARGS)
 
 # The C++ backend's tests on an extension built with the sanitizers, in an environment that borrows the packages of VENV.
 # Leaks are not looked for: the interpreter and torch leave much behind.
 sanitize: $(SANITIZED)/.installed ## Run the C++ backend's tests with the address and undefined-behaviour sanitizers
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(SANITIZED)/bin/python -m pytest -q -p no:cacheprovider --capture=sys $(SANITIZE_TESTS) $(ARGS)
+	    OMP_NUM_THREADS=1 $(SANITIZED)/bin/python -m pytest -q -p no:cacheprovider --capture=sys $(IN_WORKERS) \
+	    $(SANITIZE_TESTS) $(ARGS)
 
 $(SANITIZED)/.installed: $(INSTALLED_FROM) $(VENV)/.installed-test
 	$(BIN)/python -m venv $(SANITIZED)
