@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import os
+import random
 import socket
 import threading
 import time
@@ -14,7 +15,7 @@ import pytest
 
 from maml_fast.tasks import DownloadError, download, download_omniglot
 
-DATA = os.urandom(300_000)  # of several blocks
+DATA = random.Random(0).randbytes(300_000)
 NAME = "images_background_small1"
 FILE = f"{NAME}.zip"
 
