@@ -78,7 +78,8 @@ struct Builder {
     Program program;
 
     Builder(const std::string& loss, const std::string& layout, std::int64_t steps, std::int64_t rows, std::int64_t query_rows,
-            const Shape& shape, bool first_order, bool gradient, bool exports) {
+            const Shape& shape, bool first_order, bool gradient, bool exports, bool inputs,
+            double momentum, bool nesterov, double weight_decay) {
         program.loss = named(LOSSES, loss, "loss");
         program.layout = named(LAYOUTS, layout, "layout");
         program.steps = steps;
@@ -89,6 +90,8 @@ struct Builder {
         program.first_order = first_order;
         program.gradient = gradient;
         program.exports = exports;
+        program.inputs = inputs;
+        program.rule = {momentum, weight_decay, nesterov};
     }
     void linear(std::int64_t in_features, std::int64_t out_features, const Parameters& parameters) {
         add(Kind::linear, in_features, out_features, parameters);
@@ -148,11 +151,11 @@ struct Builder {
     }
 };
 
-// Addresses: of support_x, support_y, query_x, query_y each with the numbers from task to task and from row to row; then
-// task_losses, support_losses, query_outputs; then of each layer with parameters weight, bias, weight_gradient,
-// bias_gradient, rate_gradients, adapted_weight, adapted_bias. Rates: of each such layer its weight's and its bias's, empty
+// Addresses: of support_x, support_y, query_x, query_y, support_weight, query_weight each with the numbers from task to task
+// and from row to row; then task_losses, support_losses, query_outputs, by_support_x, by_query_x; then of each layer with
+// parameters weight, bias, weight_gradient, bias_gradient, rate_gradients, adapted_weight, adapted_bias. Rates: of each such layer its weight's and its bias's, empty
 // for what does not adapt.
-constexpr std::size_t OF_DATA = 15, OF_LAYER = 7;
+constexpr std::size_t OF_DATA = 23, OF_LAYER = 7;
 
 bool run(Prepared& prepared, std::int64_t tasks, const std::vector<Address>& addresses,
          const std::vector<std::pair<Rates, Rates>>& rates, int threads) {
@@ -161,13 +164,16 @@ bool run(Prepared& prepared, std::int64_t tasks, const std::vector<Address>& add
         throw std::invalid_argument("addresses or rates do not fit the number of layers with parameters");
     TaskData data;
     data.tasks = tasks;
-    RowData* const rows[] = {&data.support_x, &data.support_y, &data.query_x, &data.query_y};
-    for (std::size_t i = 0; i < 4; ++i)
+    RowData* const rows[] = {&data.support_x, &data.support_y,      &data.query_x,
+                             &data.query_y,   &data.support_weight, &data.query_weight};
+    for (std::size_t i = 0; i < 6; ++i)
         *rows[i] = {at(addresses[3 * i]), static_cast<std::int64_t>(addresses[3 * i + 1]),
                     static_cast<std::int64_t>(addresses[3 * i + 2])};
-    data.task_losses = at<void>(addresses[12]);
-    data.support_losses = at<void>(addresses[13]);
-    data.query_outputs = at<void>(addresses[14]);
+    data.task_losses = at<void>(addresses[18]);
+    data.support_losses = at<void>(addresses[19]);
+    data.query_outputs = at<void>(addresses[20]);
+    data.by_support_x = at<void>(addresses[21]);
+    data.by_query_x = at<void>(addresses[22]);
     const auto fill = [&](std::vector<Layer>& layers) {
         const Address* a = addresses.data() + OF_DATA;
         auto rate = rates.begin();
@@ -246,9 +252,10 @@ NB_MODULE(_cpu, m) {
             nb::arg("learns_rates"), nb::arg("form"), nb::arg("prelude"));
     nb::class_<Builder>(m, "Builder")
         .def(nb::init<const std::string&, const std::string&, std::int64_t, std::int64_t, std::int64_t, const Shape&, bool,
-                      bool, bool>(),
+                      bool, bool, bool, double, bool, double>(),
              nb::arg("loss"), nb::arg("layout"), nb::arg("steps"), nb::arg("rows"), nb::arg("query_rows"), nb::arg("shape"),
-             nb::arg("first_order"), nb::arg("gradient"), nb::arg("exports"))
+             nb::arg("first_order"), nb::arg("gradient"), nb::arg("exports"), nb::arg("inputs"),
+             nb::arg("momentum"), nb::arg("nesterov"), nb::arg("weight_decay"))
         .def("linear", &Builder::linear, nb::arg("in_features"), nb::arg("out_features"), nb::arg("parameters"))
         .def("conv", &Builder::conv, nb::arg("in_channels"), nb::arg("out_channels"), nb::arg("kernel"), nb::arg("stride"),
              nb::arg("padding"), nb::arg("parameters"))

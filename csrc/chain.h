@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "dense_weights.h"
+#include "factored_input.h"
 #include "factored_weights.h"
 #include "fast_norm.h"
 #include "ops/batch_norm.h"
@@ -89,7 +90,8 @@ class Chain {
     template <class Rules>
     Stage<T>* new_norm_by(const Layer& layer, bool& adapts) {
         if (layer.form == Form::shared) return new Rules(layer, program, false);
-        auto* made = new FastNorm<T, Lanes, Rules>(layer, program, !adapts);
+        // Where gradients by the data are wanted, the data have a tangent of zeros.
+        auto* made = new FastNorm<T, Lanes, Rules>(layer, program, !adapts && !program.inputs);
         adapts = true;
         fast.push_back({made});
         return made;
@@ -131,6 +133,7 @@ class Chain {
         fuse();
         allocate_prelude(arena);
         allocate_values(arena);
+        if (program.inputs) allocate_by_inputs(arena);
         allocate_cotangents(arena);
         if (second_order()) {
             allocate_tangents(arena);
@@ -212,6 +215,15 @@ class Chain {
         return next && next->traits().from_output && !(previous && previous->traits().from_output);
     }
 
+    // Of the data: the query's cotangent, and in the support's place the sum of what the steps add to it.
+    void allocate_by_inputs(Arena& arena) {
+        for (Edge<T>& edge : prelude_edges)
+            edge.cotangent = {arena.template view<T>(edge.features, edge.columns),
+                              arena.template view<T>(edge.features, edge.query_columns)};
+        edges[0].cotangent = edges[0].t_cotangent = passing(arena, edges[0]);
+        edges[0].cotangent.push_back(prelude_edges.back().cotangent[1]);
+        if (second_order()) edges[0].tangent = passing(arena, edges[0]);
+    }
     void allocate_cotangents(Arena& arena) {
         for (Index e = 1; e <= last(); ++e) {
             Edge<T>& edge = edges[e];
@@ -273,7 +285,7 @@ class Chain {
             pass.y = query ? y_query : y;
             pass.weights = query ? query_weights : weights;
             pass.state = query || k < kept_ ? arena.template view<T>(out.features, columns) : passes[0].state;
-            if (!stages.empty() && (!query || program.gradient)) pass.d = out.cotangent[k];
+            if (!out.cotangent.empty() && (!query || program.gradient)) pass.d = out.cotangent[k];
         }
     }
 

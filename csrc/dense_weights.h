@@ -14,6 +14,7 @@ class DenseLinear final : public FastLinear<T, Lanes> {
     using Base_::layer;
     using Base_::O;
     using Base_::out;
+    using Base_::plain;
     using Base_::S;
     using Base_::U;
 
@@ -30,6 +31,12 @@ class DenseLinear final : public FastLinear<T, Lanes> {
             else
                 weights[k] = weights[1];
         }
+        if (!plain) {
+            rule_.allocate(arena, O * stride() * U, this->program.rule, keeps_steps);
+            taken_.resize(S);
+            for (Index k = 0; k < S; ++k)
+                taken_[k] = k && !layer.learns_rates ? taken_[0] : Numbers<T>{arena.template take<T>(O * stride() * U)};
+        }
         if (keeps_steps) adjoint = arena.template take<T>(O * stride() * U);
         this->workspace.needs(outer_workspace<T, Lanes>(I, larger(in->columns, in->query_columns)));
     }
@@ -39,6 +46,7 @@ class DenseLinear final : public FastLinear<T, Lanes> {
         T* next = weights[k + 1].p;
         const T *shared = static_cast<const T*>(layer.weight), *from = k ? weights[k].p : shared;
         const T rate = this->weight_rate(k);
+        if (!plain) return descend_by_rule(k, from, next);
         if constexpr (Lanes::tasks) {
             const Base<T> base = k ? onto(from) : Base<T>{Base<T>::number, from, I, 1};
             own(outer<T>(out->cotangent[k], in->value[k]), {}, next, -rate, base);
@@ -48,6 +56,10 @@ class DenseLinear final : public FastLinear<T, Lanes> {
                     std::memcpy(next + o * stride(), row, I * sizeof(T));
             outer_by_rows<T>(out->cotangent[k], in->value[k], next, stride(), -rate, true, this->workspace);
         }
+    }
+    void turn(Index k) override {
+        Base_::turn(k);
+        rule_.turn(k == S - 1, this->weight_rate(k), adjoint);
     }
     void begin_adjoint() override {
         Base_::begin_adjoint();
@@ -103,16 +115,40 @@ class DenseLinear final : public FastLinear<T, Lanes> {
     }
     void times_both(Index k, const View<T>* t, const View<T>& x, T alpha, const View<T>& z, Base<T> base,
                     Gate<T> gate) override {
-        both(t ? MAML_FAST_ISA::times<T>(weight(k), *t) : Sum<T>{}, MAML_FAST_ISA::times<T>(own_operand(adjoint), x), alpha, z,
+        both(t ? MAML_FAST_ISA::times<T>(weight(k), *t) : Sum<T>{}, MAML_FAST_ISA::times<T>(own_operand(along()), x), alpha, z,
              base, gate);
     }
     void times_both_transposed(Index k, const View<T>& t, const View<T>& d, T alpha, const View<T>& dx,
                                Gate<T> gate) override {
-        both(MAML_FAST_ISA::times<T>(transposed(weight(k)), t), MAML_FAST_ISA::times<T>(transposed(own_operand(adjoint)), d),
+        both(MAML_FAST_ISA::times<T>(transposed(weight(k)), t), MAML_FAST_ISA::times<T>(transposed(own_operand(along())), d),
              alpha, dx, {}, gate);
     }
 
+    // <u_k, Lam>
+    double times_adjoint(Index k) override {
+        if (plain) return Base_::times_adjoint(k);
+        double total = 0;
+        for (Index o = 0; o < O; ++o)
+            for (Index i = o * stride() * U; i < (o * stride() + I) * U; ++i)
+                total += static_cast<double>(taken_[k].p[i]) * static_cast<double>(adjoint[i]);
+        return total;
+    }
+
    private:
+    // From the weights `from` to `next`, which may be the same.
+    void descend_by_rule(Index k, const T* from, T* next) {
+        T* const taken = taken_[k].p;
+        if constexpr (Lanes::tasks)
+            own(outer<T>(out->cotangent[k], in->value[k]), {}, taken, 1, {});
+        else
+            outer_by_rows<T>(out->cotangent[k], in->value[k], taken, stride(), 1, false, this->workspace);
+        if (from != next)
+            for (Index o = 0; o < O; ++o)
+                for (Index i = 0; i < I * U; ++i)
+                    next[o * stride() * U + i] = k ? from[o * stride() * U + i] : from[o * I + i / U];
+        rule_.descend(k, this->weight_rate(k), taken, next);
+    }
+    const T* along() const { return plain ? adjoint : rule_.direction(); }
     // Units from one row of weights to the next.
     Index stride() const { return Lanes::tasks ? I : padded_features<T>(I); }
     Base<T> onto(const T* weights) const { return {Base<T>::vector, weights, stride() * U, LANES<T>}; }
@@ -150,6 +186,8 @@ class DenseLinear final : public FastLinear<T, Lanes> {
     const bool keeps_steps;
     std::vector<Numbers<T>> weights;  // [S + 1]; the first is the shared one, and not kept here
     T* adjoint = nullptr;
+    RuleState<T> rule_;              // where it is not plain:
+    std::vector<Numbers<T>> taken_;  // [S], u_k
 };
 
 }  // namespace maml_fast::MAML_FAST_ISA

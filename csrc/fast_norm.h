@@ -11,15 +11,16 @@ class FastNorm final : public Rules, public FastStage<T> {
 
    public:
     FastNorm(const Layer& layer, const Program& program, bool first)
-        : Rules(layer, program, first), FastStage<T>(layer, layer.in_features, 1), S(program.steps) {
+        : Rules(layer, program, first), FastStage<T>(layer, layer.in_features, 1), program_(program), S(program.steps) {
         this->gamma_moves = layer.has_weight;
         this->beta_moves = layer.has_bias;
     }
 
     void allocate(Arena& arena, Index kept) override {
         Rules::allocate(arena, kept);
-        if (this->gamma_moves) this->gamma.allocate(arena, this->O, S);
-        if (this->beta_moves) this->beta.allocate(arena, this->O, S);
+        const bool keeps = FastStage<T>::layer.learns_rates;
+        if (this->gamma_moves) this->gamma.allocate(arena, this->O, program_, keeps);
+        if (this->beta_moves) this->beta.allocate(arena, this->O, program_, keeps);
     }
 
     void descend(Index k) override {
@@ -31,13 +32,17 @@ class FastNorm final : public Rules, public FastStage<T> {
         if (this->gamma_moves) this->gamma.begin_adjoint(units(this->d_gamma[S].p));
         if (this->beta_moves) this->beta.begin_adjoint(units(this->d_beta[S].p));
     }
+    void turn(Index k) override {
+        if (this->gamma_moves) this->gamma.turn(k, this->weight_rate(k));
+        if (this->beta_moves) this->beta.turn(k, this->bias_rate(k));
+    }
     void pull_back(Index) override {
         if (this->gamma_moves) this->gamma.pull_back(units(this->t_d_gamma));
         if (this->beta_moves) this->beta.pull_back(units(this->t_d_beta));
     }
     void add_rate_gradients(Index k, double* by_gamma, double* by_beta) override {
-        if (this->gamma_moves) by_gamma[k] -= this->gamma.times_adjoint(units(this->d_gamma[k].p));
-        if (this->beta_moves) by_beta[k] -= this->beta.times_adjoint(units(this->d_beta[k].p));
+        if (this->gamma_moves) by_gamma[k] -= this->gamma.times_adjoint(k, units(this->d_gamma[k].p));
+        if (this->beta_moves) by_beta[k] -= this->beta.times_adjoint(k, units(this->d_beta[k].p));
     }
     Index sum_length() const override { return this->gamma_moves ? this->O : 0; }
     Index pieces() const override { return this->gamma_moves; }
@@ -57,6 +62,7 @@ class FastNorm final : public Rules, public FastStage<T> {
         return [p](Index o) { return Lanes::read(p + o * U); };
     }
 
+    const Program& program_;
     const Index S;
 };
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "adapting.h"
+#include "inner_rule.h"
 
 namespace maml_fast::MAML_FAST_ISA {
 
@@ -16,13 +17,16 @@ class FastStage : public Adapting {
     FastStage(const Layer& layer, Index O, Index I) : layer(layer), O(O), I(I) {}
 
     virtual void begin_tile() {}
-    // Inner step k: theta_{k+1} = theta_k - eta_k g_k.
+    // Inner step k: theta_{k+1} = theta_k - eta_k g_k, or what the program's rule has for it.
     virtual void descend(Index k) = 0;
     // Lam = the gradient of the query loss at the adapted parameters.
     virtual void begin_adjoint() = 0;
-    // Lam = Lam - H_k (eta_k Lam), from the tangents of step k: they are taken in direction -eta_k Lam, and only added.
+    // Before step k's tangents, where the rule is not plain: their direction -v, and Lam = Lam - decay v (inner_rule.h).
+    virtual void turn(Index k) = 0;
+    // Lam = Lam - H_k v, from the tangents of step k: they are taken in direction -v, of a plain rule -eta_k Lam, and only
+    // added.
     virtual void pull_back(Index k) = 0;
-    // Adds dloss/deta_k = -<g_k, Lam>, of weight and bias, to by_weight[k] and by_bias[k].
+    // Before `turn`: adds dloss/deta_k = -<g_k, Lam>, or -<u_k, Lam>, of weight and bias, to by_weight[k] and by_bias[k].
     virtual void add_rate_gradients(Index k, double* by_weight, double* by_bias) = 0;
 
     // Adds the layer's adjoint, summed over the tile's tasks, to `weight` (see `piece`) and `bias` [O].
@@ -50,10 +54,17 @@ class FastVector {
     using Unit = typename Lanes::Unit;
     static constexpr Index U = Lanes::unit;
 
-    void allocate(Arena& arena, Index length, Index steps) {
+    // `keeps`: whether each step's u_k is asked for again.
+    void allocate(Arena& arena, Index length, const Program& program, bool keeps) {
         O = length;
-        S = steps;
+        S = program.steps;
         own_.resize(S + 1);
+        plain_ = program.rule.plain();
+        if (!plain_) {
+            rule_.allocate(arena, O * U, program.rule, program.gradient);
+            taken_.resize(S);
+            for (Index k = 0; k < S; ++k) taken_[k] = k && !keeps ? taken_[0] : Numbers<T>{arena.template take<T>(O * U)};
+        }
         for (Index k = 1; k <= S; ++k) own_[k] = {arena.template take<T>(O * U)};
         adjoint_ = arena.template take<T>(O * U);
     }
@@ -64,12 +75,23 @@ class FastVector {
     }
     MAML_FAST_INLINE Unit adjoint(Index o) const { return Lanes::read(adjoint_ + o * U); }
     const T* own(Index k) const { return own_[k].p; }
-    const T* adjoint() const { return adjoint_; }
+    // Times `scale(rate)`, the direction of a step's tangents; of a plain rule it is Lam.
+    const T* along() const { return plain_ ? adjoint_ : rule_.direction(); }
+    T scale(T rate) const { return plain_ ? -rate : T(1); }
 
     template <class Sum>
     void descend(Index k, T rate, const T* shared, Sum gradient) {
-        for (Index o = 0; o < O; ++o) Lanes::write(own_[k + 1].p + o * U, at(k, o, shared) - gradient(o) * rate);
+        if (plain_) {
+            for (Index o = 0; o < O; ++o) Lanes::write(own_[k + 1].p + o * U, at(k, o, shared) - gradient(o) * rate);
+            return;
+        }
+        for (Index o = 0; o < O; ++o) {
+            Lanes::write(own_[k + 1].p + o * U, at(k, o, shared));
+            Lanes::write(taken_[k].p + o * U, gradient(o));
+        }
+        rule_.descend(k, rate, taken_[k].p, own_[k + 1].p);
     }
+    void turn(Index k, T rate) { rule_.turn(k == S - 1, rate, adjoint_); }
     template <class Sum>
     void begin_adjoint(Sum gradient) {
         for (Index o = 0; o < O; ++o) Lanes::write(adjoint_ + o * U, gradient(o));
@@ -78,11 +100,12 @@ class FastVector {
     void pull_back(Sum more) {
         for (Index o = 0; o < O; ++o) Lanes::write(adjoint_ + o * U, adjoint(o) + more(o));
     }
-    // <gradient, Lam>
+    // <gradient, Lam>, or <u_k, Lam>
     template <class Sum>
-    double times_adjoint(Sum gradient) const {
+    double times_adjoint(Index k, Sum gradient) const {
         double total = 0;
-        for (Index o = 0; o < O; ++o) total += dot_in_double(gradient(o), adjoint(o));
+        for (Index o = 0; o < O; ++o)
+            total += dot_in_double(plain_ ? gradient(o) : Lanes::read(taken_[k].p + o * U), adjoint(o));
         return total;
     }
     void add_gradient(T* sums) const {
@@ -101,6 +124,9 @@ class FastVector {
     Index O = 0, S = 0;
     std::vector<Numbers<T>> own_;  // [S + 1]; the first is the shared one, and not kept here
     T* adjoint_ = nullptr;
+    bool plain_ = true;
+    RuleState<T> rule_;              // where it is not plain:
+    std::vector<Numbers<T>> taken_;  // [S], u_k
 };
 
 }  // namespace maml_fast::MAML_FAST_ISA

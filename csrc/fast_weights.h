@@ -27,12 +27,15 @@ class FastLinear : public LinearStage<T, Lanes>, public FastStage<T> {
         : LinearStage<T, Lanes>(layer),
           FastStage<T>(layer, layer.out_features, layer.in_features),
           first(first),
+          by_inputs(first && program.inputs),
+          program(program),
           S(program.steps),
+          plain(program.rule.plain()),
           workspace(workspace) {}
 
     void allocate(Arena& arena, Index) override {
         if (layer.learns_rates) lam_x = arena.template view<T>(O, in->columns);
-        if (layer.has_bias) bias.allocate(arena, O, S);
+        if (layer.has_bias) bias.allocate(arena, O, program, layer.learns_rates);
     }
 
     // Inner step k: W_{k+1} = W_k - eta_k D_k A_k^T, and so each form; here the bias.
@@ -42,6 +45,9 @@ class FastLinear : public LinearStage<T, Lanes>, public FastStage<T> {
     // Lam = D_q A_q^T
     void begin_adjoint() override {
         if (layer.has_bias) bias.begin_adjoint(column_sums(out->cotangent[S]));
+    }
+    void turn(Index k) override {
+        if (layer.has_bias) bias.turn(k, this->bias_rate(k));
     }
     void pull_back(Index k) override {
         if (layer.has_bias) bias.pull_back(column_sums(out->t_cotangent[k]));
@@ -60,55 +66,65 @@ class FastLinear : public LinearStage<T, Lanes>, public FastStage<T> {
 
     void forward(Index k) override { times(k, in->value[k], out->value[k], bias_base(k), this->value_gate()); }
     void backward(Index k) override {
-        if (!first) times_transposed(k, out->cotangent[k], in->cotangent[k], this->cotangent_gate(k));
+        if (!first || (by_inputs && k == S)) times_transposed(k, out->cotangent[k], in->cotangent[k], this->cotangent_gate(k));
     }
-    // t_z = W_k t_A - eta_k (Lam A_k + lam_b)
+    // t_z = W_k t_A - eta_k (Lam A_k + lam_b), or whatever direction of a rule that is not plain
     void tangent(Index k) override {
         const View<T>* t_x = first ? nullptr : &in->tangent[k];
-        times_both(k, t_x, in->value[k], -this->weight_rate(k), out->tangent[k], adjoint_base(-this->bias_rate(k)),
+        times_both(k, t_x, in->value[k], scale(k), out->tangent[k], adjoint_base(k),
                    this->tangent_gate(k));
     }
     // t_dA = W_k^T t_D - eta_k Lam^T D_k
     void tangent_backward(Index k) override {
-        if (!first)
-            times_both_transposed(k, out->t_cotangent[k], out->cotangent[k], -this->weight_rate(k), in->t_cotangent[k],
+        if (!first || by_inputs)
+            times_both_transposed(k, out->t_cotangent[k], out->cotangent[k], scale(k), in->t_cotangent[k],
                                   this->cotangent_gate(k));
     }
 
     // g_k = D_k A_k^T, so <g_k, Lam> is sum(D_k * (Lam A_k)).
     void add_rate_gradients(Index k, double* by_weight, double* by_bias) override {
-        const View<T>& d = out->cotangent[k];
-        if (layer.weight_adapts) {
-            times_both(k, nullptr, in->value[k], 1, lam_x, {}, {});
-            for (Index o = 0; o < O; ++o) {
-                Vec<T> sum{};
-                for (Index n = 0; n < d.numbers(); n += LANES<T>)
-                    sum += load(d.p + o * d.by_feature + n) * load(lam_x.p + o * lam_x.by_feature + n);
-                for (int j = 0; j < LANES<T>; ++j) by_weight[k] -= static_cast<double>(sum[j]);
-            }
-        }
-        if (layer.has_bias) by_bias[k] -= bias.times_adjoint(column_sums(d));
+        if (layer.weight_adapts) by_weight[k] -= times_adjoint(k);
+        if (layer.has_bias) by_bias[k] -= bias.times_adjoint(k, column_sums(out->cotangent[k]));
     }
     T adapted_bias(Index o, Index unit) const override { return bias.adapted(o, unit, shared_bias()); }
 
-    const bool first;  // its input is the data, which no tangent and no cotangent concerns
+    const bool first;      // its input is the data, which have no tangent;
+    const bool by_inputs;  // and a cotangent only where it is wanted: of the query, and the tangents of the steps'
 
    protected:
     // z = gate(W_k x + base); dx = gate(W_k^T d)
     virtual void times(Index k, const View<T>& x, const View<T>& z, Base<T> base, Gate<T> gate) = 0;
     virtual void times_transposed(Index k, const View<T>& d, const View<T>& dx, Gate<T> gate) = 0;
-    // z = gate(W_k t + alpha Lam x + base), t null for zero; dx = gate(W_k^T t + alpha Lam^T d)
+    // z = gate(W_k t + alpha Lam x + base), t null for zero; dx = gate(W_k^T t + alpha Lam^T d). Where the rule is not
+    // plain, the direction -v stands in for alpha Lam.
     virtual void times_both(Index k, const View<T>* t, const View<T>& x, T alpha, const View<T>& z, Base<T> base,
                             Gate<T> gate) = 0;
     virtual void times_both_transposed(Index k, const View<T>& t, const View<T>& d, T alpha, const View<T>& dx,
                                        Gate<T> gate) = 0;
     virtual void add_weight_gradient(T* weight) = 0;
+    // <g_k, Lam>, of a plain rule
+    virtual double times_adjoint(Index k) {
+        const View<T>& d = out->cotangent[k];
+        times_both(k, nullptr, in->value[k], 1, lam_x, {}, {});
+        double total = 0;
+        for (Index o = 0; o < O; ++o) {
+            Vec<T> sum{};
+            for (Index n = 0; n < d.numbers(); n += LANES<T>)
+                sum += load(d.p + o * d.by_feature + n) * load(lam_x.p + o * lam_x.by_feature + n);
+            for (int j = 0; j < LANES<T>; ++j) total += static_cast<double>(sum[j]);
+        }
+        return total;
+    }
+    // Of Lam in a plain rule's direction; other rules' has its own numbers.
+    T scale(Index k) const { return plain ? -this->weight_rate(k) : T(1); }
 
     Base<T> bias_base(Index k) const {
         if (!layer.has_bias || k == 0) return this->shared_bias_base();
         return per_task(bias.own(k), 1);
     }
-    Base<T> adjoint_base(T beta) const { return layer.has_bias ? per_task(bias.adjoint(), beta) : Base<T>{}; }
+    Base<T> adjoint_base(Index k) const {
+        return layer.has_bias ? per_task(bias.along(), bias.scale(this->bias_rate(k))) : Base<T>{};
+    }
     static Base<T> per_task(const T* p, T beta) {
         return {Lanes::tasks ? Base<T>::vector : Base<T>::number, p, U, 0, beta};
     }
@@ -123,7 +139,9 @@ class FastLinear : public LinearStage<T, Lanes>, public FastStage<T> {
         for (Index i = 0; i < I * U; ++i) row[i] = shared[i / U];
     }
 
+    const Program& program;
     const Index S;
+    const bool plain;  // the inner rule
     Workspace<T>& workspace;
     FastVector<T, Lanes> bias;
     View<T> lam_x;  // Lam A_k

@@ -55,6 +55,21 @@ struct View {
     Index numbers() const { return columns * LANES<T>; }
 };
 
+template <class T>
+void clear(const View<T>& view) {
+    for (Index f = 0; f < view.features; ++f)
+        std::memset(view.p + f * view.by_feature, 0, static_cast<std::size_t>(view.numbers()) * sizeof(T));
+}
+// to += from
+template <class T>
+void add_to(const View<T>& to, const View<T>& from) {
+    for (Index f = 0; f < to.features; ++f)
+        for (Index n = 0; n < to.numbers(); n += LANES<T>) {
+            T* at = to.p + f * to.by_feature + n;
+            store(at, load(at) + load(from.p + f * from.by_feature + n));
+        }
+}
+
 // Numbers without a shape. (A plain pointer as element of a std::vector would be a type that all instruction sets share.)
 template <class T>
 struct Numbers {

@@ -17,6 +17,13 @@ enum class Activation { relu, leaky_relu, tanh, sigmoid, silu, gelu, gelu_tanh, 
 enum class NormKind { batch, group, layer };
 enum class LossKind { mse, cross_entropy, bce_with_logits, huber };
 
+// How parameters move in an inner step: gradient descent, with these.
+struct InnerRule {
+    double momentum = 0, weight_decay = 0;
+    bool nesterov = false;
+    bool plain() const { return momentum == 0 && weight_decay == 0; }
+};
+
 // One operation of the chain, in order.
 struct Layer {
     Kind kind = Kind::linear;
@@ -68,9 +75,11 @@ struct Program {
     std::int64_t query_rows = 1;    // M
     std::int64_t in_features = 1;   // of a row of the data
     std::vector<std::int64_t> shape;  // of a row of the data, where channels are in lanes
+    InnerRule rule;
     bool first_order = false;
     bool gradient = true;
     bool exports = false;  // whether the adapted parameters are wanted
+    bool inputs = false;   // whether gradients by the data are wanted; then nothing in the prelude has parameters
 };
 
 // Rows [T, N, features]: the features one behind the other, `by_task` and `by_row` numbers apart. Tasks may share theirs.
@@ -85,9 +94,13 @@ struct TaskData {
     RowData support_y;               // [T, N, out_features]; int64 [T, N] for cross entropy
     RowData query_x;                 // [T, M, in_features]
     RowData query_y;                 // [T, M, ...]; null: no query loss
+    RowData support_weight;          // [T, N], what rows count in the loss; null: all alike
+    RowData query_weight;            // [T, M]
     void* task_losses = nullptr;     // [T]
     void* support_losses = nullptr;  // [T, S]
     void* query_outputs = nullptr;   // [T, M, out_features]
+    void* by_support_x = nullptr;    // [T, N, in_features], each task's gradients by its own rows; null: not wanted
+    void* by_query_x = nullptr;      // [T, M, in_features]
 };
 
 // What one thread keeps, and how the tasks are cut: a function of program and tasks alone, whatever the threads.

@@ -75,7 +75,7 @@ class ProgramSession final : public Session {
         if (!job.failed && program_.gradient) add_up(job, pool, threads);
         tidy();
         if (job.failed) throw std::bad_alloc();
-        return job.finite && finite_losses(data);
+        return job.finite && finite_results(data);
     }
 
    private:
@@ -189,9 +189,14 @@ class ProgramSession final : public Session {
         for (Index i = 0; i < count; ++i) sum += p[i] - p[i];
         return sum == 0;
     }
-    bool finite_losses(const TaskData& data) const {
+    bool finite_results(const TaskData& data) const {
         return finite(static_cast<const T*>(data.support_losses), data.tasks * program_.steps) &&
-               (!data.query_y.p || finite(static_cast<const T*>(data.task_losses), data.tasks));
+               (!data.query_y.p || finite(static_cast<const T*>(data.task_losses), data.tasks)) &&
+               finite_rows(data.by_support_x, data.tasks * program_.rows) &&
+               finite_rows(data.by_query_x, data.tasks * program_.query_rows);
+    }
+    bool finite_rows(const void* by_x, Index rows) const {
+        return !by_x || finite(static_cast<const T*>(by_x), rows * program_.in_features);
     }
     void add_up_rates(Job& job) const {
         Index at = 0;

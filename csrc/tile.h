@@ -1,6 +1,6 @@
 // A tile: the tasks that one thread takes through a whole meta-step at once, in memory of its own that stays in cache.
 //
-//     theta_{k+1} = theta_k - eta_k g_k,  g_k = grad L_support(theta_k)        k = 0 .. S-1
+//     theta_{k+1} = theta_k - eta_k g_k,  g_k = grad L_support(theta_k)        k = 0 .. S-1, of the plain rule (inner_rule.h)
 //     lam = grad L_query(theta_S);  lam = lam - H_k (eta_k lam)                k = S-1 .. 0
 //     dloss/deta_k = -<g_k, lam>, with lam as it stands after step k
 #pragma once
@@ -33,7 +33,7 @@ class Tile {
         adapt(data, first, count);
         query(data, first, count);
         export_adapted(first, count);
-        if (program_.gradient) pull_back(sums);
+        if (program_.gradient) pull_back(data, first, count, sums);
     }
 
     const std::vector<Place>& places() const { return places_; }
@@ -61,28 +61,41 @@ class Tile {
 
     void load(const TaskData& data, Index first, Index count) {
         const View<T>&x = chain_.prelude_edges[0].value[0], &q = chain_.prelude_edges[0].value[1];
-        load_rows(data.support_x, x, first, count, program_.rows);
-        load_rows(data.query_x, q, first, count, program_.query_rows);
+        load_rows(data.support_x, data.support_weight, x, first, count, program_.rows);
+        load_rows(data.query_x, data.query_weight, q, first, count, program_.query_rows);
         if (S) {  // without steps the one pass is the query's
             load_targets(data.support_y, chain_.passes[0], first, count, program_.rows);
-            set_weights(chain_.passes[0].weights, L, program_.rows);
+            set_weights(data.support_weight, chain_.passes[0].weights, first, count, L, program_.rows);
         }
         load_targets(data.query_y, chain_.passes[S], first, count, program_.query_rows);
-        set_weights(chain_.passes[S].weights, Lanes::tasks ? count : L, program_.query_rows);
+        set_weights(data.query_weight, chain_.passes[S].weights, first, count, count, program_.query_rows);
     }
-    void load_rows(const RowData& from, const View<T>& to, Index first, Index count, Index rows) const {
+    void load_rows(const RowData& from, const RowData& weights, const View<T>& to, Index first, Index count, Index rows) {
+        if (weights.p) zeros_.resize(static_cast<std::size_t>(to.features));
         for (Index column = 0; column < to.columns; ++column) {
             const T* starts[L];
             for (Index lane = 0; lane < L; ++lane) {
                 const Row at = row_at(column, lane, first, count, rows);
-                starts[lane] = static_cast<const T*>(from.p) + at.task * from.by_task + at.row * from.by_row;
+                const T* start = static_cast<const T*>(from.p) + at.task * from.by_task + at.row * from.by_row;
+                starts[lane] = row_counts<T>(weights, at.task, at.row) ? start : zeros_.data();
             }
             load_column<T>(starts, to, column);
         }
     }
-    void load_targets(const RowData& from, const Pass& pass, Index first, Index count, Index rows) const {
+    // [T, rows, features]
+    void store_rows(const View<T>& from, void* to, Index first, Index count, Index rows) const {
+        for (Index column = 0; column < from.columns; ++column) {
+            T* starts[L];
+            for (Index lane = 0; lane < L; ++lane) {
+                const Row at = row_at(column, lane, first, count, rows);
+                starts[lane] = at.repeats ? nullptr : static_cast<T*>(to) + (at.task * rows + at.row) * from.features;
+            }
+            store_column<T>(from, column, starts);
+        }
+    }
+    void load_targets(const RowData& from, const Pass& pass, Index first, Index count, Index rows) {
         if (!from.p) return;
-        if (program_.loss != LossKind::cross_entropy) return load_rows(from, pass.y, first, count, rows);
+        if (program_.loss != LossKind::cross_entropy) return load_rows(from, {}, pass.y, first, count, rows);
         const auto* classes = static_cast<const std::int64_t*>(from.p);
         for (Index column = 0; column < pass.y.columns; ++column)
             for (Index lane = 0; lane < L; ++lane) {
@@ -90,11 +103,14 @@ class Tile {
                 pass.y.p[column * L + lane] = static_cast<T>(classes[at.task * from.by_task + at.row * from.by_row]);
             }
     }
-    // 1 / rows in the lanes that count.
-    static void set_weights(const View<T>& weights, Index lanes, Index rows) {
-        for (Index i = 0; i < weights.numbers(); ++i) {
-            const bool counts = Lanes::tasks ? i % L < lanes : i < rows;
-            weights.p[i] = counts ? T(1) / T(rows) : T(0);
+    // What rows count, in the lanes of the first `tasks` tasks, and 0 in others; where rows are lanes, in those that are filled.
+    void set_weights(const RowData& from, const View<T>& to, Index first, Index count, Index tasks, Index rows) const {
+        for (Index lane = 0; lane < most_tasks; ++lane) {
+            const RowShares<T> shares(from, row_at(0, lane, first, count, rows).task, rows);
+            if (Lanes::tasks)
+                for (Index row = 0; row < rows; ++row) to.p[row * L + lane] = lane < tasks ? shares(row) : T(0);
+            else
+                for (Index i = 0; i < to.numbers(); ++i) to.p[i] = i < rows ? shares(i) : T(0);
         }
     }
     static void put_losses(Vec<T> sums, T* to, Index stride, Index count) {
@@ -126,31 +142,25 @@ class Tile {
 
     void query(const TaskData& data, Index first, Index count) {
         forward(S);
-        const View<T>& z = chain_.edges.back().value[S];
-        const Index rows = program_.query_rows;
-        T* outputs = static_cast<T*>(data.query_outputs);
-        for (Index column = 0; column < z.columns; ++column) {
-            T* starts[L];
-            for (Index lane = 0; lane < L; ++lane) {
-                const Row at = row_at(column, lane, first, count, rows);
-                starts[lane] = at.repeats ? nullptr : outputs + (at.task * rows + at.row) * z.features;
-            }
-            store_column<T>(z, column, starts);
-        }
+        store_rows(chain_.edges.back().value[S], data.query_outputs, first, count, program_.query_rows);
         if (!data.query_y.p) return;
         put_losses(chain_.loss->value(chain_.passes[S]), static_cast<T*>(data.task_losses) + first, 1, count);
     }
 
-    void pull_back(const Partial<T>& sums) {
-        if (chain_.fast.empty()) return;
+    void pull_back(const TaskData& data, Index first, Index count, const Partial<T>& sums) {
+        if (chain_.fast.empty() && !program_.inputs) return;
         backward(S);
         for (const Fast& stage : chain_.fast) stage.layer->begin_adjoint();
+        if (program_.inputs) clear(chain_.prelude_edges.back().cotangent[0]);
         for (Index k = S - 1; k >= 0; --k) {
             add_rate_gradients(k, sums.rates);
-            if (chain_.second_order()) hessian_product(k);
+            if (!program_.rule.plain())
+                for (const Fast& stage : chain_.fast) stage.layer->turn(k);
+            if (chain_.second_order() && !chain_.fast.empty()) hessian_product(k);
         }
         for (std::size_t i = 0; i < chain_.fast.size(); ++i)
             chain_.fast[i].layer->add_gradient(sums.numbers + places_[i].weight, sums.numbers + places_[i].bias);
+        if (program_.inputs) store_by_inputs(data, first, count);
     }
 
     void add_rate_gradients(Index k, double* rates) {
@@ -161,6 +171,7 @@ class Tile {
     }
 
     void hessian_product(Index k) {
+        if (program_.inputs) clear(chain_.edges[0].tangent[k]);
         for (const auto& stage : chain_.stages) stage->tangent(k);
         const Edge<T>& out = chain_.edges.back();
         chain_.loss->tangent(chain_.passes[k], out.tangent[k], out.t_cotangent[k]);
@@ -168,6 +179,17 @@ class Tile {
             chain_.stages[i]->tangent_backward(k);
             if (FastStage<T>* layer = chain_.fast_at[i].layer) layer->pull_back(k);
         }
+        if (program_.inputs) add_to(chain_.prelude_edges.back().cotangent[0], chain_.edges[0].t_cotangent[k]);
+    }
+
+    // ---- gradients by the data
+
+    void store_by_inputs(const TaskData& data, Index first, Index count) {
+        for (auto stage = chain_.prelude.rbegin(); stage != chain_.prelude.rend(); ++stage)
+            for (Index pass : {0, 1}) (*stage)->backward(pass);
+        const std::vector<View<T>>& by_x = chain_.prelude_edges[0].cotangent;
+        store_rows(by_x[0], data.by_support_x, first, count, program_.rows);
+        store_rows(by_x[1], data.by_query_x, first, count, program_.query_rows);
     }
 
     // The adapted parameters of each task, for those who asked.
@@ -192,6 +214,7 @@ class Tile {
     const Program& program_;
     const Index S;
     std::vector<Place> places_;
+    std::vector<T> zeros_;  // in place of a row that does not count
     Index sum_numbers_ = 0;
 };
 

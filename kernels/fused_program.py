@@ -235,7 +235,7 @@ def run(
     numbers = network.gradient_numbers
     partials = batch[0].new_empty(programs, numbers)
     meta_step[(programs,)](
-        *batch, table, addresses, rates, scratch,
+        *batch[:4], table, addresses, rates, scratch,
         out.task_losses, out.support_losses, out.query_outputs, partials, out.rate_gradients,
         tasks, network.rows, network.query_rows, network.inner_steps, len(network.layers),
         network.outputs, numbers, *network.scales(),

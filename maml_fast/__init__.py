@@ -2,10 +2,13 @@
 
 from importlib.metadata import version
 
+from maml_fast import inner, outer, presets
 from maml_fast.check import CheckReport, check
 from maml_fast.errors import NonFiniteError, UnavailableBackendError, UnsupportedModelError
-from maml_fast.maml import MAML, AdaptedModels, MetaStepResult
+from maml_fast.maml import MAML
 from maml_fast.plan import Plan
+from maml_fast.rates import PositiveRate
+from maml_fast.results import AdaptedModels, MetaStepResult, Trajectory
 
 __version__ = version("maml_fast")
 
@@ -16,7 +19,12 @@ __all__ = [
     "MetaStepResult",
     "NonFiniteError",
     "Plan",
+    "PositiveRate",
+    "Trajectory",
     "UnavailableBackendError",
     "UnsupportedModelError",
     "check",
+    "inner",
+    "outer",
+    "presets",
 ]

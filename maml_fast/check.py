@@ -11,7 +11,7 @@ from maml_fast import meta_step
 from maml_fast.backends import reference
 from maml_fast.finite import check_finite
 from maml_fast.maml import MAML
-from maml_fast.problem import Outcome, TaskBatch
+from maml_fast.problem import Outcome
 from maml_fast.verify import in_float64
 
 SINGLE_BOUND = 1e-6
@@ -62,7 +62,13 @@ class CheckReport:
 
 
 def check(
-    maml: MAML, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    maml: MAML,
+    support_x: Tensor,
+    support_y: Tensor,
+    query_x: Tensor,
+    query_y: Tensor,
+    support_weight: Tensor | None = None,
+    query_weight: Tensor | None = None,
 ) -> CheckReport:
     """Run one meta-step on this backend and on the reference, in the model's dtype and float64.
 
@@ -74,10 +80,10 @@ def check(
     Raises as `MAML.forward` does. ReLU masks of pre-activations within rounding of 0 may flip
     between two correct programs and show as 1e-5 to 1e-3.
     """
-    batch = TaskBatch(support_x, support_y, query_x, query_y)
+    batch = maml._batch(support_x, support_y, query_x, query_y, support_weight, query_weight)
     planned, problem = maml._prepare(batch, maml.inner_steps)
     plan = planned.plan
-    gradient = bool(problem.adapting)
+    gradient = bool(problem.learned)
     with torch.no_grad():
         ours = meta_step.run(plan, problem, batch, gradient)
         check_finite(plan, problem, batch, ours)

@@ -50,6 +50,36 @@ train_app = App(name="train", help="Meta-train a model.")
 app.command(train_app)
 app.command(evaluate)
 
+
+@app.command
+def features(*, markdown: bool = False) -> None:
+    """Show what each backend runs of the MAML family; found out by running it, in a few seconds.
+
+    Parameters
+    ----------
+    markdown
+        As a table in Markdown.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from maml_fast.features import all_found, as_markdown, reasons
+
+    found = all_found()
+    if markdown:
+        print(as_markdown(found))
+        return
+    console = Console()
+    names = list(dict.fromkeys(one.backend for one in found))
+    table = Table("", *names)
+    for feature in dict.fromkeys(one.feature for one in found):
+        marks = ["yes" if one.runs else "-" for one in found if one.feature == feature]
+        table.add_row(feature, *marks)
+    console.print(table)
+    for line in reasons(found):
+        console.print(line, highlight=False)
+
+
 SINUSOID, OMNIGLOT, FOLDER = SinusoidConfig(), OmniglotConfig(), FolderConfig()
 AS_USUAL = Begin()
 
@@ -61,6 +91,8 @@ def train_sinusoid(
     begin: Annotated[Begin, Parameter(name="*")] = AS_USUAL,
 ) -> int:
     """Meta-train on sinusoid regression; the defaults are the MAML paper's.
+
+    With --method cavia they are the CAVIA paper's (Zintgraf et al. 2019).
 
     Ctrl-C saves a checkpoint and stops.
     """

@@ -18,13 +18,14 @@ from rich.table import Table
 from maml_fast.checkpoint import write_atomically
 from maml_fast.config import ConfigError, check_rate
 from maml_fast.config_images import ImageConfig
+from maml_fast.config_sinusoid import SinusoidConfig
 from maml_fast.evaluate import (
-    PAPER_MAML,
-    PAPER_PRETRAINED,
+    CAVIA_SHOTS,
     PAPER_SHOTS,
     Evaluation,
     evaluate_sinusoid,
     fit_sinusoid,
+    paper_for,
 )
 from maml_fast.evaluate_images import ImageEvaluation, answer_task, evaluate_images
 from maml_fast.image_data import chose_checkpoint, evaluation_images, query_shots_for
@@ -42,7 +43,7 @@ class EvaluateOptions:
 
     Attributes:
         shots: Support points per task, or images per class; several are evaluated one after the
-            other. If left out, 5 for a sinusoid, and the training's for images.
+            other. If left out, 5 for a sinusoid (10 with cavia), and the training's for images.
         steps: Numbers of gradient steps to measure after. If left out, 0, 1, 5 and 10 for a
             sinusoid; for images 0, 1, the training's and its evaluation's.
         tasks: Tasks to average over.
@@ -85,7 +86,7 @@ def evaluate(
     /,
     options: Annotated[EvaluateOptions, Parameter(name="*")] = DEFAULTS,
 ) -> int:
-    """Measure a trained model on new tasks, beside the MAML paper's numbers.
+    """Measure a trained model on new tasks, beside the numbers of the method's paper.
 
     For a sinusoid it is the mean squared error, for images the accuracy. The checkpoint says
     which.
@@ -102,16 +103,19 @@ def evaluate(
         if isinstance(trained.config, ImageConfig):
             _evaluate_images(checkpoint, trained, trained.config, options)
         else:
-            _evaluate_sinusoid(checkpoint, trained, options)
+            assert isinstance(trained.config, SinusoidConfig)
+            _evaluate_sinusoid(checkpoint, trained, trained.config, options)
     return 0
 
 
-def _evaluate_sinusoid(checkpoint: Path, trained: TrainedModel, options: EvaluateOptions) -> None:
+def _evaluate_sinusoid(
+    checkpoint: Path, trained: TrainedModel, config: SinusoidConfig, options: EvaluateOptions
+) -> None:
     for name in ("data", "classes", "rotations"):
         if getattr(options, name) != getattr(DEFAULTS, name):
             raise ConfigError(f"{name} is for runs on images; {checkpoint} is a sinusoid's")
     rate = _rate(trained, options)
-    wanted = options.shots or (PAPER_SHOTS,)
+    wanted = options.shots or (PAPER_SHOTS if config.method == "maml" else CAVIA_SHOTS,)
     steps = options.steps or (0, 1, 5, 10)
 
     def run(shots: int, steps: Sequence[int]) -> Evaluation:
@@ -124,18 +128,27 @@ def _evaluate_sinusoid(checkpoint: Path, trained: TrainedModel, options: Evaluat
             query_shots=100 if options.query_shots is None else options.query_shots,
             seed=options.seed,
             backend=options.backend,
+            inner_params=config.inner_params,
         )
 
     evaluations = [run(count, steps) for count in wanted]
-    paper = {"shots": PAPER_SHOTS, "maml": PAPER_MAML, "pretrained": PAPER_PRETRAINED}
-    document = {"paper": paper, "evaluations": [found.to_dict() for found in evaluations]}
-    _write(error_table(evaluations), document, checkpoint, trained, options)
+    paper = paper_for(config, rate)
+    document = {
+        "paper": None if paper is None else paper.to_dict(),
+        "evaluations": [found.to_dict() for found in evaluations],
+    }
+    _write(error_table(evaluations, paper), document, checkpoint, trained, options)
     if options.plot_dir is not None:
         draw = plots("plots")
-        curves = draw.adaptation_figure([run(count, _every(steps)) for count in wanted])
+        curves = draw.adaptation_figure([run(count, _every(steps)) for count in wanted], paper)
         draw.save_png(curves, options.plot_dir / "adaptation.png")
         fits = fit_sinusoid(
-            trained.model, rate, shots=wanted[0], seed=options.seed, backend=options.backend
+            trained.model,
+            rate,
+            shots=wanted[0],
+            seed=options.seed,
+            backend=options.backend,
+            inner_params=config.inner_params,
         )
         draw.save_png(draw.fits_figure(fits), options.plot_dir / "fits.png")
 

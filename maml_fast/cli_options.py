@@ -5,13 +5,14 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from cyclopts import App, Argument, ArgumentCollection, Parameter
 from cyclopts.config import Dict
 
 from maml_fast.checkpoint import load_checkpoint
 from maml_fast.config import ConfigError, TrainConfig, kind_of
+from maml_fast.config_sinusoid import Method
 from maml_fast.kinds import KINDS
 from maml_fast.train import CHECKPOINT
 
@@ -34,13 +35,16 @@ class Begin:
 
 def option_sources(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Fill in what no flag sets: from --config, then with --resume from the run's checkpoint, then
-    what the paper does with so many ways and shots (and query images)."""
+    what the paper does with so many ways and shots (and query images), or with the method."""
     for argument in arguments:
         _refuse_fractions(argument)
     if commands[:1] != ("train",) or commands[-1] not in KINDS:
         return
     by_name = {argument.name: argument for argument in arguments}
     kind = KINDS[commands[-1]].config
+    # What fields there may be in a file depends on the method, and a flag for that beats the file.
+    given = [token.value for token in (by_name["--method"].tokens if "--method" in by_name else ())]
+    by_flag = {"method": given[0]} if given and given[0] in get_args(Method) else {}
 
     def fill(values: dict[str, Any], source: str) -> None:
         kind.from_dict(values, source)  # strict about keys and types, as Dict is not
@@ -49,7 +53,7 @@ def option_sources(app: App, commands: tuple[str, ...], arguments: ArgumentColle
 
     if by_name["--config"].tokens:
         path = Path(by_name["--config"].tokens[0].value)
-        fill(_read_toml(path), source=str(path))
+        fill(_read_toml(path) | by_flag, source=str(path))
     if by_name["--resume"].tokens:
         tokens = by_name["--output"].tokens
         output = tokens[0].value if tokens else str(_default(kind, "output"))
@@ -59,10 +63,13 @@ def option_sources(app: App, commands: tuple[str, ...], arguments: ArgumentColle
             raise ConfigError(
                 f"{path}: a run of kind {found!r}; resume it with: maml-fast train {found} --resume"
             )
+        for name, value in by_flag.items():
+            if value != (had := values.get(name, _default(kind, name))):
+                raise ConfigError(f"{name} is {value!r}, but the run to resume has {had!r}")
         fill(values | {"output": output}, source=str(path))
     flags = {name: by_name[f"--{name.replace('_', '-')}"] for name in kind.recipe_for}
     chosen = {name: _chosen(flag, kind, name) for name, flag in flags.items()}
-    if all(value > 0 for value in chosen.values()):  # else the configuration will complain
+    if all(chosen.values()):  # else the configuration will complain
         fill(kind.recipe(chosen), source="the paper's settings")
 
 
@@ -70,12 +77,15 @@ def _default(kind: type[TrainConfig], name: str) -> Any:
     return kind.__dataclass_fields__[name].default
 
 
-def _chosen(argument: Argument, kind: type[TrainConfig], name: str) -> int:
-    """The whole number that an option is set to; 0 where it is none."""
+def _chosen(argument: Argument, kind: type[TrainConfig], name: str) -> int | str:
+    """What an option is set to; 0 where a whole number above 0 is wanted and it is none."""
+    default: int | str = _default(kind, name)
     if not argument.tokens:
-        return int(_default(kind, name))
+        return default
+    if isinstance(default, str):
+        return argument.tokens[0].value
     try:
-        return int(argument.tokens[0].value)
+        return max(int(argument.tokens[0].value), 0)
     except ValueError:
         return 0
 

@@ -102,9 +102,14 @@ class TrainConfig:
             raise ConfigError(f"device is {self.device!r}; wanted is a name, as in 'cpu'")
 
     @classmethod
-    def recipe(cls, chosen: Mapping[str, int]) -> dict[str, Any]:
+    def recipe(cls, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """The paper's settings that depend on the fields `recipe_for`, whose values are given."""
         return {}
+
+    @property
+    def inner_params(self) -> tuple[str, ...] | None:
+        """Patterns of the parameters that adapt; None: all."""
+        return None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str) -> Self:

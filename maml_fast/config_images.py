@@ -136,7 +136,7 @@ class OmniglotConfig(ImageConfig):
             raise ConfigError(f"download is {self.download!r}; wanted is a path")
 
     @classmethod
-    def recipe(cls, chosen: Mapping[str, int]) -> dict[str, Any]:
+    def recipe(cls, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """The paper's settings for so many ways and shots: those for 20 ways from there on."""
         many = chosen["ways"] >= 20
         return {
@@ -190,7 +190,7 @@ class FolderConfig(ImageConfig):
             raise ConfigError(f"channels is {self.channels!r}; wanted is 1 or 3")
 
     @classmethod
-    def recipe(cls, chosen: Mapping[str, int]) -> dict[str, Any]:
+    def recipe(cls, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """The paper's settings for so many ways, shots and query shots: those for 5 shots from
         there on."""
         return {

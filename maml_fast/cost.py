@@ -106,3 +106,10 @@ def factored_cost(use: LayerUse) -> Cost:
             adjoint = query_rows + 2 * (steps - 1 - k) * rows
             small += 4 * rows * (adjoint + k * rows) * ends
     return Cost(2 * use.area * shared_rows, small, GRAM_SHARE)
+
+
+def still_cost(use: LayerUse) -> Cost:
+    """Of a layer that learns and does not adapt: its products are shared by all tasks."""
+    rows, second_order = use.rows, not use.first_order
+    passes = use.inner_steps * rows * (2 + 4 * second_order) + 3 * use.query_rows
+    return Cost(2 * use.area * passes, 0, 1.0)

@@ -109,7 +109,9 @@ def _in_layout(
     for use in uses:
         layer = LayerCycles(use, machine, tasks)
         costs = {"factored": layer.factored(), "dense": layer.dense()}
-        form = fast_weights if fast_weights != "auto" else min(costs, key=lambda f: costs[f])
+        form = fast_weights if use.factors else "dense"
+        if form == "auto":
+            form = min(costs, key=lambda f: costs[f])
         forms.append(form)
         cycles += costs[form]
     return Choice(layout, tuple(forms), cycles, machine.lanes if layout == "tasks_in_lanes" else 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 
 from maml_fast import cpu_cost, cpu_features
 from maml_fast.cost import cost_of
-from maml_fast.layers import Asked, LayerPlan, Shapes, Variant
+from maml_fast.inner import SGD
+from maml_fast.layers import Asked, LayerPlan, Layers, Shapes, Variant
 from maml_fast.ops import (
     AveragePool,
     BatchNorm,
@@ -66,12 +67,15 @@ def _peak(instruction_set: str, doubles: bool) -> float:
     return cpu_features.extension().peak(instruction_set, doubles)
 
 
-def refusals(layers: Sequence[LayerPlan], shapes: Shapes) -> list[str]:
+def refusals(parts: Layers, asked: Asked, shapes: Shapes) -> list[str]:
     """Why backend "cpu" cannot run layers that the torch backend can."""
     if shapes.device.type != "cpu":
         return [f"the data are on {shapes.device}; backend 'cpu' wants them on the CPU"]
     if missing := cpu_features.why_missing():
         return [missing]
+    layers = parts.above
+    if lacks := _missing(asked):
+        return [f"C++ has not: {', '.join(lacks)}"]
     found = [
         f"layer '{layer.link.name}' ({layer.link.op}): has no C++ operation"
         for layer in layers
@@ -83,6 +87,15 @@ def refusals(layers: Sequence[LayerPlan], shapes: Shapes) -> list[str]:
         for layer in layers
         if isinstance(layer.link.op, LayerNorm) and not _spans(layer.link.op, layer.features)
     ]
+
+
+def _missing(asked: Asked) -> list[str]:
+    """What is asked for that the engine lacks, in words."""
+    missing = {
+        "rates for single numbers": bool(asked.by_number),
+        "step_weights": bool(asked.step_weights),
+    }
+    return [words for words, lacks in missing.items() if lacks]
 
 
 def _spans(op: LayerNorm, features: Features) -> bool:
@@ -104,9 +117,10 @@ def is_spatial(layer: LayerPlan) -> bool:
 
 
 def plan_for_cpu(
-    layers: Sequence[LayerPlan], asked: Asked, shapes: Shapes, adapting: Collection[str]
+    parts: Layers, asked: Asked, shapes: Shapes, adapting: Collection[str]
 ) -> tuple[list[LayerPlan], CpuPlan]:
-    """The layers with forms that suit the C++ engine, and its plan."""
+    """The layers above the body with forms that suit the C++ engine, and its plan."""
+    layers, inputs = parts.above, asked.wants_inputs or bool(parts.body)
     name = cpu_features.instruction_set()
     vector_bytes = cpu_features.engines()[name]
     itemsize = shapes.dtype.itemsize
@@ -126,8 +140,9 @@ def plan_for_cpu(
         planned.append(layer)
     cycles = cpu_cost.total_cycles(choice, shapes.tasks, threads=1)
     plan = CpuPlan(name, choice.layout, choice.tile_tasks, 0, 0, cycles, machine.lanes)
-    variant = Variant.planned(asked, shapes, adapting)
-    sizes = prepare(planned, plan, variant, shapes).sizes(shapes.tasks)
+    variant = Variant.planned(asked, shapes, adapting, inputs)
+    planned_parts = Layers(parts.body, planned)
+    sizes = prepare(planned_parts, plan, variant, shapes).sizes(shapes.tasks)
     found = {name: sizes[name] for name in ("arena_bytes", "chunks", "replays")}
     return planned, replace(plan, **found)
 
@@ -148,24 +163,30 @@ def _norm_use(layer: LayerPlan, asked: Asked, shapes: Shapes) -> cpu_cost.NormUs
 
 
 def prepare(
-    layers: Sequence[LayerPlan],
+    parts: Layers,
     plan: CpuPlan,
     variant: Variant,
     shapes: Shapes,
 ) -> Any:
-    """The `_cpu.Prepared` that runs these layers."""
+    """The `_cpu.Prepared` that runs the layers above the body."""
+    rule = variant.rule
+    assert isinstance(rule, SGD)  # `plan_layers` refuses others
     builder = cpu_features.extension().Builder(
         loss=variant.loss,
         layout=plan.layout,
         steps=variant.inner_steps,
         rows=variant.rows,
         query_rows=variant.query_rows,
-        shape=list(shapes.support[1:]),
+        shape=list(parts.entering(shapes.support)),
         first_order=variant.first_order,
         gradient=variant.gradient,
         exports=variant.exports,
+        inputs=variant.inputs,
+        momentum=rule.momentum,
+        nesterov=rule.nesterov,
+        weight_decay=rule.weight_decay,
     )
-    for layer in layers:
+    for layer in parts.above:
         if isinstance(layer.link.op, Weighted):
             _add_weighted(builder, layer, variant)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -65,10 +66,10 @@ def _bisect(plan: Plan, problem: Problem, batch: TaskBatch, start: int) -> list[
     if batch.tasks == 1:
         return [start]
     half = batch.tasks // 2
-    left = _bisect(plan, problem, TaskBatch(*(t[:half] for t in batch)), start)
+    left = _bisect(plan, problem, batch.map(operator.itemgetter(slice(0, half))), start)
     if len(left) >= SHOWN:
         return left
-    right = _bisect(plan, problem, TaskBatch(*(t[half:] for t in batch)), start + half)
+    right = _bisect(plan, problem, batch.map(operator.itemgetter(slice(half, None))), start + half)
     return (left + right)[:SHOWN]
 
 

@@ -13,13 +13,13 @@ from maml_fast.errors import UnsupportedModelError
 from maml_fast.norm_calls import OwnStatistics
 from maml_fast.problem import Loss, TaskBatch
 
-NAMES = TaskBatch._fields
+NAMES = TaskBatch._fields[:4]
 REGRESSION_LOSSES = ("mse", "bce_with_logits", "huber")
 
 
 def check_batch(batch: TaskBatch, model_parameter: Tensor | None) -> None:
     """Types, devices, and the counts of tasks and rows. Raises TypeError or ValueError."""
-    for name, tensor in zip(NAMES, batch, strict=True):
+    for name, tensor in zip(NAMES, batch[:4], strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}; wanted is a torch.Tensor")
         if tensor.is_nested or tensor.is_meta or tensor.is_quantized:
@@ -31,9 +31,9 @@ def check_batch(batch: TaskBatch, model_parameter: Tensor | None) -> None:
             raise TypeError(f"{name} is {tensor.dtype}; complex numbers are not supported")
         if tensor.dim() < 2:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; wanted is [tasks, rows, ...]")
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if tensor.requires_grad and torch.is_grad_enabled() and name.endswith("_y"):
             raise ValueError(
-                f"{name} requires grad, but gradients with respect to the data are not computed; "
+                f"{name} requires grad, but gradients with respect to targets are not computed; "
                 f"pass {name}.detach()"
             )
         if 0 in tensor.shape:
@@ -41,8 +41,8 @@ def check_batch(batch: TaskBatch, model_parameter: Tensor | None) -> None:
                 f"{name} has shape {list(tensor.shape)}; every task needs at least one row, and a "
                 "batch at least one task"
             )
-    support_x, support_y, query_x, query_y = batch
-    for name, tensor in zip(NAMES[1:], batch[1:], strict=True):
+    support_x, support_y, query_x, query_y = batch[:4]
+    for name, tensor in zip(NAMES[1:], batch[1:4], strict=True):
         if len(tensor) != len(support_x):
             raise ValueError(
                 f"{name} has {len(tensor)} tasks (shape {list(tensor.shape)}); support_x has "
@@ -59,7 +59,7 @@ def check_batch(batch: TaskBatch, model_parameter: Tensor | None) -> None:
         if tensor.dtype != like.dtype:
             raise TypeError(f"{name} is {tensor.dtype}; {like_name} is {like.dtype}")
     device = support_x.device if model_parameter is None else model_parameter.device
-    for name, tensor in zip(NAMES, batch, strict=True):
+    for name, tensor in zip(NAMES, batch[:4], strict=True):
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}; the model is on {device}")
     if (
@@ -163,3 +163,29 @@ def check_classes(batch: TaskBatch, classes: int) -> None:
                 f"{name} has class numbers from {low} to {high}; the model has {classes} classes, "
                 f"so wanted is 0 to {classes - 1}"
             )
+
+
+def check_row_weights(name: str, weight: object, x: Tensor) -> None:
+    """Weights [T, rows] of a batch's rows: bool or floating, none below 0, and in each task some
+    row above. Raises TypeError or ValueError."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} is {type(weight).__name__}; wanted is a torch.Tensor or None")
+    if weight.shape != x.shape[:2]:
+        raise ValueError(
+            f"{name} has shape {list(weight.shape)}; wanted is {list(x.shape[:2])}, tasks and rows"
+        )
+    if weight.device != x.device:
+        raise ValueError(f"{name} is on {weight.device}; the rows are on {x.device}")
+    if weight.dtype != torch.bool and not weight.is_floating_point():
+        raise TypeError(f"{name} is {weight.dtype}; wanted is bool or a floating type")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, and no gradient is computed for it; detach it")
+    if not bool((weight.isfinite() & (weight >= 0)).all()):
+        raise ValueError(f"{name} holds a negative, infinite or NaN weight; wanted are 0 or more")
+    empty = (weight == 0).all(1).nonzero().flatten().tolist()
+    if empty:
+        shown = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
+        raise ValueError(
+            f"{name} is 0 in all rows of task {shown}; wanted is at least one row above 0 in each "
+            "task, or leave the task out"
+        )

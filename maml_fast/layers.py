@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from maml_fast.cost import Cost, LayerUse
+from maml_fast.inner import SGD, InnerRule
 from maml_fast.losses import LOSSES
 from maml_fast.ops import (
     BatchNorm,
@@ -23,8 +24,11 @@ from maml_fast.ops import (
     SplitRows,
     Weighted,
 )
+from maml_fast.outer import Implicit, MetaGradient
 from maml_fast.problem import Problem, TaskBatch
 from maml_fast.trace import Link, trace
+
+WEIGHTED_ROWS = "weights of rows"  # in words
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,43 @@ class Asked:
     chunk_size: int | None
     precision: str = "highest"  # torch.get_float32_matmul_precision(); of Triton's kernels
     cuda_graphs: bool = True
+    adapting: tuple[str, ...] = ()  # parameters that adapt
+    learned: tuple[str, ...] = ()  # that get a meta-gradient
+    by_number: frozenset[str] = frozenset()  # that have a rate for each number
+    learns_rates: bool = False
+    rule: InnerRule = field(default_factory=SGD)
+    step_weights: tuple[float, ...] = ()
+    weighted_rows: bool = False
+    wants_inputs: bool = False
+    outer: MetaGradient | None = None
+    by_step: tuple[str, ...] = ()  # parameters that have values for each step
+
+    @property
+    def plain(self) -> bool:
+        """Whether an inner step is theta - eta g with a number eta, and only the last one's query
+        loss counts, all rows alike."""
+        return not self.unusual()
+
+    def unusual(self) -> list[str]:
+        """What is asked for beyond that, in words."""
+        found = []
+        if self.rule != SGD():
+            found.append(f"inner_optimizer {self.rule}")
+        if self.by_number:
+            found.append("rates for single numbers")
+        if self.step_weights:
+            found.append("step_weights")
+        if self.weighted_rows:
+            found.append(WEIGHTED_ROWS)
+        if self.wants_inputs:
+            found.append("gradients by the inputs")
+        return found
+
+    def may_be_factored(self, names: Collection[str]) -> bool:
+        """Whether a layer's weights stay sums of outer products, with what the adjoint asks."""
+        if not self.by_number.isdisjoint(names):
+            return False
+        return self.rule == SGD() or not self.learns_rates
 
 
 @dataclass(frozen=True)
@@ -64,6 +105,8 @@ class Variant(NamedTuple):
     exports: bool  # of the adapted parameters
     adapting: tuple[str, ...]
     learning: frozenset[str]  # parameters whose rates want a gradient
+    rule: InnerRule = SGD()
+    inputs: bool = False  # gradients by the data are wanted
 
     @classmethod
     def of(
@@ -81,11 +124,15 @@ class Variant(NamedTuple):
             exports,
             tuple(problem.rates.values),
             problem.rates.learning if gradient else frozenset(),
+            problem.rule,
+            gradient and problem.wants_inputs,
         )
 
     @classmethod
-    def planned(cls, asked: Asked, shapes: Shapes, adapting: Collection[str]) -> Variant:
-        """What a plan is made for: gradients, of parameters alone."""
+    def planned(
+        cls, asked: Asked, shapes: Shapes, adapting: Collection[str], inputs: bool = False
+    ) -> Variant:
+        """What a plan is made for: gradients, of parameters, and by the data if `inputs`."""
         assert isinstance(asked.loss, str)  # `plan_layers` refuses others
         return cls(
             asked.loss,
@@ -97,6 +144,8 @@ class Variant(NamedTuple):
             exports=False,
             adapting=tuple(adapting),
             learning=frozenset(),
+            rule=asked.rule,
+            inputs=inputs,
         )
 
 
@@ -107,39 +156,87 @@ class LayerPlan:
     link: Link
     features: Features  # of a row that enters
     positions: int  # rows of the operation for a row of the data
-    prelude: bool  # runs once, before anything that adapts
+    prelude: bool  # runs once, before anything that adapts or learns
     form: str  # "factored", "dense", "shared", or "" for operations without weights
     cost: Cost | None = None
-    use: LayerUse | None = None  # of a layer that adapts
+    use: LayerUse | None = None  # of a layer that adapts or learns
+    still: bool = False  # it learns and does not adapt
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A model's layers. Those of the body lie below all that adapts, and are differentiated once,
+    behind the meta-step of the others."""
+
+    body: list[LayerPlan]
+    above: list[LayerPlan]
+
+    def entering(self, rows: tuple[int, ...]) -> Features:
+        """Of a row that enters those above the body; `rows`: [N, *features] of the data."""
+        if self.above:
+            return self.above[0].features
+        last = self.body[-1] if self.body else None
+        return last.link.op.out_features(last.features) if last else rows[1:]
+
+    def moving(self, asked: Asked) -> list[str]:
+        """The parameters that the meta-step above the body adapts, or sums a gradient of."""
+        below = {
+            name
+            for layer in self.body
+            if isinstance(layer.link.op, Weighted)
+            for name in layer.link.op.parameters
+        }
+        both = dict.fromkeys((*asked.adapting, *asked.learned))
+        return [name for name in both if name not in below]
 
 
 def plan_layers(
-    model: nn.Module, asked: Asked, shapes: Shapes, adapting: Collection[str]
-) -> tuple[list[LayerPlan], list[str]]:
-    """The layers, without the forms of those that adapt; or why the model cannot be planned."""
+    model: nn.Module, asked: Asked, shapes: Shapes, with_body: bool = True
+) -> tuple[Layers, list[str]]:
+    """The layers, without the forms of those that adapt; or why the model cannot be planned.
+
+    Without a body, what would be in it adapts at rate 0.
+    """
     chain = trace(model)
     refusals = list(chain.refusals)
     if not isinstance(asked.loss, str):
         refusals.append(f"loss is a callable; planned are {', '.join(LOSSES)}")
+    if not isinstance(asked.rule, SGD) or not asked.rule.linear:
+        refusals.append(
+            f"inner_optimizer {asked.rule} is not linear in gradients; planned is SGD, with "
+            "momentum and weight decay"
+        )
+    if asked.by_step:
+        refusals.append(
+            "step_params, parameters with values for each step, run on backends functional and "
+            "reference"
+        )
+    if isinstance(asked.outer, Implicit):
+        refusals.append("meta_gradient Implicit runs on backends functional and reference")
     if shapes.dtype not in (torch.float32, torch.float64):
         refusals.append(f"the data are {shapes.dtype}; planned are float32 and float64")
     if refusals:
-        return [], refusals
+        return Layers([], []), refusals
     layers: list[LayerPlan] = []
     features: Features = shapes.support[1:]
+    height = _body_height(chain.links, asked) if with_body else 0
     prelude = True
-    for link in chain.links:
+    for i, link in enumerate(chain.links):
         try:
             after = link.op.out_features(features)
         except ValueError as reason:
-            return [], [f"layer '{link.name}' ({link.op}): {reason}"]
+            return Layers([], []), [f"layer '{link.name}' ({link.op}): {reason}"]
+        if i == height:
+            body, layers, prelude = layers, [], True
         if not isinstance(link.op, Weighted):
             layers.append(LayerPlan(link, features, 1, prelude, ""))
             features = after
             continue
-        adapts = not set(link.op.parameters).isdisjoint(adapting)
+        learns = not {*asked.adapting, *asked.learned}.isdisjoint(link.op.parameters)
+        adapts = learns and i >= height
         before, prelude = prelude, prelude and not adapts
-        plan = _plan_weighted(link, features, adapts, before, asked, shapes)
+        first = before and not (height or asked.wants_inputs)
+        plan = _plan_weighted(link, features, adapts, before, first, asked, shapes)
         if isinstance(link.op, Linear) and len(features) > 1:
             merge, split = Link(link.name, MergeRows()), Link(link.name, SplitRows(features[:-1]))
             layers.append(LayerPlan(merge, features, 1, before, ""))
@@ -148,7 +245,23 @@ def plan_layers(
         else:
             layers.append(plan)
         features = after
-    return layers, []
+    if len(chain.links) == height:
+        body, layers = layers, []
+    return Layers(body, layers), []
+
+
+def _body_height(links: Sequence[Link], asked: Asked) -> int:
+    """How many links the body has: what learns and does not adapt, below all that does; with
+    gradients by the inputs, whatever runs once."""
+    lowest = len(links)
+    learns = asked.wants_inputs
+    for i, link in enumerate(links):
+        if isinstance(link.op, Weighted):
+            if not set(link.op.parameters).isdisjoint(asked.adapting):
+                lowest = i
+                break
+            learns = learns or not set(link.op.parameters).isdisjoint(asked.learned)
+    return lowest if learns else 0
 
 
 def centred_by(layers: Sequence[LayerPlan]) -> str:
@@ -167,9 +280,15 @@ def centred_by(layers: Sequence[LayerPlan]) -> str:
 
 
 def _plan_weighted(
-    link: Link, features: Features, adapts: bool, before: bool, asked: Asked, shapes: Shapes
+    link: Link,
+    features: Features,
+    adapts: bool,
+    before: bool,
+    first: bool,
+    asked: Asked,
+    shapes: Shapes,
 ) -> LayerPlan:
-    """A layer with parameters; `before`: nothing below it adapts.
+    """A layer with parameters; `before`: nothing below it adapts; `first`: nor learns.
 
     The form of a linear layer that adapts is chosen later, by backend; others' are dense.
     """
@@ -180,16 +299,20 @@ def _plan_weighted(
         sizes = op.in_channels * op.kernel**2, op.out_channels
         positions = math.prod(op.out_features(features)[1:])
     else:
-        return LayerPlan(link, features, 1, before and not adapts, "dense" if adapts else "shared")
+        assert isinstance(op, Weighted)
+        still = adapts and set(op.parameters).isdisjoint(asked.adapting)
+        form = "dense" if adapts else "shared"
+        return LayerPlan(link, features, 1, before and not adapts, form, still=still)
     if not adapts:
         return LayerPlan(link, features, positions, before, "shared")
+    still = set(op.parameters).isdisjoint(asked.adapting)
     use = LayerUse(
         *sizes,
         shapes.support[0] * positions,
         shapes.query[0] * positions,
         asked.inner_steps,
         asked.first_order,
-        first=before,
-        factors=isinstance(op, Linear),
+        first=first,
+        factors=isinstance(op, Linear) and asked.may_be_factored(op.parameters),
     )
-    return LayerPlan(link, features, positions, False, "", use=use)
+    return LayerPlan(link, features, positions, False, "", use=use, still=still)

@@ -1,6 +1,7 @@
 """Losses by name: the three rules of each, and the torch function that defines it.
 
 A loss is the mean over a task's rows (and features). With R rows of C features a task:
+    by_row    each row's share        [T, R], of which L is the mean
     value     L(z, y)                 [T]
     cotangent D = dL/dz               [T, R, C]
     tangent   t_D = L''(z) t_z        [T, R, C]: the tangent of D in direction t_z
@@ -22,9 +23,15 @@ class LossRules:
         raise NotImplementedError
 
     @staticmethod
-    def value(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses [T] and the state, from predictions z [T, R, *features] and targets y."""
+    def by_row(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses of rows [T, R] and the state, from predictions z [T, R, *features], targets y."""
         raise NotImplementedError
+
+    @classmethod
+    def value(cls, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses [T] and the state."""
+        by_row, state = cls.by_row(z, y)
+        return by_row.mean(1), state
 
     @staticmethod
     def cotangent(state: Tensor, y: Tensor) -> Tensor:
@@ -41,6 +48,11 @@ def _per_task(x: Tensor) -> int:
     return x[0].numel()
 
 
+def _row_means(x: Tensor) -> Tensor:
+    """[T, R, *features] -> [T, R]"""
+    return x.flatten(2).mean(2) if x.dim() > 2 else x
+
+
 class MSE(LossRules):
     """L = mean (z - y)^2; the state is z - y."""
 
@@ -49,9 +61,9 @@ class MSE(LossRules):
         return F.mse_loss(z, y)
 
     @staticmethod
-    def value(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def by_row(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         difference = z - y
-        return difference.square().flatten(1).mean(1), difference
+        return _row_means(difference.square()), difference
 
     @staticmethod
     def cotangent(state: Tensor, y: Tensor) -> Tensor:
@@ -70,9 +82,9 @@ class CrossEntropy(LossRules):
         return F.cross_entropy(z, y)
 
     @staticmethod
-    def value(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def by_row(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         log_p = z.log_softmax(-1)
-        loss = -log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1).mean(1)
+        loss = -log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         return loss, log_p.exp_()
 
     @staticmethod
@@ -96,10 +108,10 @@ class BCEWithLogits(LossRules):
         return F.binary_cross_entropy_with_logits(z, y)
 
     @staticmethod
-    def value(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def by_row(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         # log(1 + e^z) - y z, in the form that neither overflows nor loses small digits
         loss = z.clamp_min(0) - z * y + torch.log1p(torch.exp(-z.abs()))
-        return loss.flatten(1).mean(1), z.sigmoid()
+        return _row_means(loss), z.sigmoid()
 
     @staticmethod
     def cotangent(state: Tensor, y: Tensor) -> Tensor:
@@ -118,11 +130,11 @@ class Huber(LossRules):
         return F.huber_loss(z, y)
 
     @staticmethod
-    def value(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def by_row(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         difference = z - y
         bounded = difference.clamp(-1, 1)
         loss = bounded * (difference - 0.5 * bounded)
-        return loss.flatten(1).mean(1), difference
+        return _row_means(loss), difference
 
     @staticmethod
     def cotangent(state: Tensor, y: Tensor) -> Tensor:
@@ -132,6 +144,33 @@ class Huber(LossRules):
     def tangent(state: Tensor, t_z: Tensor) -> Tensor:
         # As autograd has it: the second derivative at |d| = 1 is 1.
         return (t_z / _per_task(t_z)).masked_fill_(state.abs() > 1, 0)
+
+
+class WeightedRows:
+    """The rules of a loss of which a task's rows count by weights [T, R], or alike (None)."""
+
+    def __init__(self, rules: type[LossRules], weight: Tensor | None) -> None:
+        self.rules = rules
+        self.share = None if weight is None else weight / weight.sum(1, keepdim=True)  # [T, R]
+
+    def value(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.share is None:
+            return self.rules.value(z, y)
+        by_row, state = self.rules.by_row(z, y)
+        return (by_row * self.share).sum(1), state
+
+    def cotangent(self, state: Tensor, y: Tensor) -> Tensor:
+        return self._shared_out(self.rules.cotangent(state, y))
+
+    def tangent(self, state: Tensor, t_z: Tensor) -> Tensor:
+        return self._shared_out(self.rules.tangent(state, t_z))
+
+    def _shared_out(self, d: Tensor) -> Tensor:
+        """Rows of a mean's cotangent, each times what it counts in place of 1/R."""
+        if self.share is None:
+            return d
+        scale = self.share * self.share.shape[1]
+        return d * scale.view(*scale.shape, *(1,) * (d.dim() - 2))
 
 
 LOSSES: dict[str, type[LossRules]] = {

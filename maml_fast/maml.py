@@ -6,9 +6,7 @@ T tasks, N support rows, M query rows, S inner steps.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from numbers import Integral
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,85 +14,62 @@ from torch import Tensor, nn
 
 from maml_fast import custom_op, meta_step
 from maml_fast.finite import check_finite, check_losses
-from maml_fast.inputs import check_batch, check_classes, check_query, check_targets
+from maml_fast.inner import SGD, InnerRule
+from maml_fast.inputs import check_batch, check_classes, check_row_weights, check_targets
 from maml_fast.layers import Asked
-from maml_fast.losses import LOSSES
+from maml_fast.options import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_loss,
+    check_meta_gradient,
+    check_rule,
+    check_step_weights,
+    matching,
+)
+from maml_fast.outer import MetaGradient
 from maml_fast.plan import BACKENDS, FAST_WEIGHTS, Plan
 from maml_fast.planner import Planned, Planner
-from maml_fast.problem import AdaptedTasks, FlatGradients, Loss, Outcome, Problem, TaskBatch
+from maml_fast.problem import FlatGradients, Loss, Outcome, Problem, TaskBatch
 from maml_fast.rates import InnerRates, Rate
-from maml_fast.refusals import check_statistics
+from maml_fast.results import AdaptedModels, MetaStepResult, Trajectory
+from maml_fast.rows import blank_targets
 from maml_fast.signature import signature
 from maml_fast.surroundings import plain, recordable, using
+from maml_fast.trajectory import trajectory
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
-
-
-@dataclass
-class MetaStepResult:
-    """What a meta-step yields.
-
-    loss: scalar; `loss.backward()` fills the gradients of the model's parameters and of rates.
-    task_losses: [T], detached: the query loss of each task.
-    support_losses: [T, S], detached: the support loss before each inner step.
-    query_outputs: [T, M, ...], detached: predictions of the adapted models.
-    """
-
-    loss: Tensor
-    task_losses: Tensor
-    support_losses: Tensor
-    query_outputs: Tensor
-
-
-class AdaptedModels:
-    """The adapted models of all tasks of one batch; see `MAML.adapt`.
-
-    support_losses: [T, S], the support loss before each inner step.
-    """
-
-    def __init__(
-        self,
-        support_x: Tensor,
-        adapted: AdaptedTasks,
-        model: nn.Module,
-        plan: Plan,
-    ) -> None:
-        self._row = support_x[:, :1].clone()  # [T, 1, ...]: what a query is compared with
-        self._adapted, self._model, self._plan = adapted, model, plan
-        self.support_losses = adapted.support_losses
-
-    def __call__(self, query_x: Tensor) -> Tensor:
-        """Predictions [T, M, ...] of each task's model for its rows query_x [T, M, ...].
-
-        Raises ValueError or TypeError if query_x has other tasks or features than support_x, and
-        UnsupportedModelError where the model has since come to norms by running statistics.
-        """
-        check_query(query_x, self._row)
-        check_statistics(self._model)
-        with using(self._model, self._plan), plain(query_x.device):
-            return self._adapted.predict(recordable(query_x))
-
-    def parameters(self) -> dict[str, Tensor]:
-        """Adapted parameters, {name: [T, *shape]}, by the names of `model.named_parameters()`."""
-        with plain(self._row.device):
-            return self._adapted.parameters()
 
 
 class MAML(nn.Module):
     """Model-agnostic meta-learning: many tasks' inner loops and the exact meta-gradient.
 
     model: any `nn.Module` that maps rows [N, ...] to predictions [N, ...]. Parameters that
-        require grad adapt in the inner loop and get a meta-gradient.
+        require grad get a meta-gradient, and adapt in the inner loop unless inner_params says less.
     loss: "mse", "cross_entropy", "bce_with_logits", "huber" (delta 1), or a callable(prediction,
         target) -> scalar for one task, which runs on backends reference and functional. Named
         losses are the mean over a task's rows.
     inner_lr: a float, a scalar or [inner_steps] tensor, or a mapping from the name of every
-        parameter that requires grad to any of these. An `nn.Parameter` gets its gradient.
+        parameter that adapts to any of these, or to a tensor of the parameter's own shape, or
+        [inner_steps, *shape] (Meta-SGD, Li et al. 2017). An `nn.Parameter` gets its gradient; a
+        `PositiveRate` too, and stays above 0.
     inner_steps: gradient steps on the support rows, from 0 up.
     first_order: leave out the second-order terms (FOMAML).
     reduction: of the loss over tasks, "mean" or "sum".
     backend: "auto", "triton", "cpu", "torch", "functional" or "reference".
     chunk_size: tasks a pass; None: chosen to fit memory.
+    inner_params: names, or patterns with *, of the parameters that adapt, each task's own; others
+        that require grad get a meta-gradient still (ANIL, BOIL, CAVIA). None: all that require
+        grad. A parameter that adapts and does not require grad gets none.
+    inner_optimizer: what an inner step does with the gradient, `maml_fast.inner.SGD(...)`,
+        `Adam(...)` or a rule of one's own.
+    step_weights: [inner_steps + 1] numbers w of sum_k w_k L_query(theta_k), the query losses before
+        each inner step and behind the last (Antoniou et al. 2019). None: the last alone.
+    meta_gradient: `maml_fast.outer.Reptile()` or `Implicit(...)` (iMAML); None: the exact one, or
+        the first-order one.
+    step_params: names or patterns of parameters that do not adapt and have values of their own for
+        each inner step and for the query, as the norms of MAML++: they are learned as
+        `maml.step_params`, [inner_steps + 1, *shape], and begin as the model's.
     fast_weights: "auto" (per layer, by cost), "factored" or "dense"; of planned backends only.
     cuda_graphs: whether backend "triton" may keep a meta-step as a CUDA graph once it comes again
         with data of the same shapes, and replay it from then on.
@@ -119,6 +94,11 @@ class MAML(nn.Module):
         chunk_size: int | None = None,
         fast_weights: str = "auto",
         cuda_graphs: bool = True,
+        inner_params: Sequence[str] | None = None,
+        inner_optimizer: InnerRule | None = None,
+        step_weights: Sequence[float] | None = None,
+        meta_gradient: MetaGradient | None = None,
+        step_params: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -134,35 +114,52 @@ class MAML(nn.Module):
         self.chunk_size = chunk_size
         self.fast_weights = fast_weights
         self.cuda_graphs = cuda_graphs
+        self.inner_params = inner_params
+        self.inner_optimizer = SGD() if inner_optimizer is None else inner_optimizer
+        self.step_weights = step_weights
+        self.meta_gradient = meta_gradient
+        self.step_params = _of_steps(model, step_params, inner_params, inner_steps)
         self._check_options()
+        matching("inner_params", inner_params, dict(model.named_parameters()))
         self._planner = Planner()
+        self._named: tuple[Any, Any] | None = None  # of `_names`
         self._number = custom_op.number_of(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"cuda_graphs": True, **state})  # of a state without
+        of_old = {
+            "cuda_graphs": True,
+            "inner_params": None,
+            "step_weights": None,
+            "meta_gradient": None,
+        }
+        super().__setstate__({"inner_optimizer": SGD(), **of_old, **state})  # of a state without
+        if "step_params" not in self._modules:
+            self.step_params = nn.ParameterDict()
         self._number = custom_op.number_of(self)  # a copy is another module
+        self._named = None
 
     def _check_options(self) -> None:
         """The options, which a user may also set after the module was built."""
-        if not callable(self.loss):
-            _check_choice("loss", self.loss, LOSSES, " or a callable(prediction, target)")
-        elif isinstance(self.loss, nn.Module) and any(
-            p.requires_grad for p in self.loss.parameters()
-        ):
-            raise ValueError(
-                "loss has parameters that require grad, for which no gradient is computed; call "
-                "loss.requires_grad_(False), or make them part of the model"
-            )
-        _check_count("inner_steps", self.inner_steps, least=0)
-        if not isinstance(self.first_order, bool):
-            raise TypeError(f"first_order is {self.first_order!r}; wanted is True or False")
-        if not isinstance(self.cuda_graphs, bool):
-            raise TypeError(f"cuda_graphs is {self.cuda_graphs!r}; wanted is True or False")
-        _check_choice("reduction", self.reduction, ("mean", "sum"))
-        _check_choice("backend", self.backend, BACKENDS)
-        _check_choice("fast_weights", self.fast_weights, FAST_WEIGHTS)
+        check_loss(self.loss)
+        check_count("inner_steps", self.inner_steps, least=0)
+        check_flag("first_order", self.first_order)
+        check_flag("cuda_graphs", self.cuda_graphs)
+        check_choice("reduction", self.reduction, ("mean", "sum"))
+        check_choice("backend", self.backend, BACKENDS)
+        check_choice("fast_weights", self.fast_weights, FAST_WEIGHTS)
         if self.chunk_size is not None:
-            _check_count("chunk_size", self.chunk_size, least=1)
+            check_count("chunk_size", self.chunk_size, least=1)
+        check_rule(self.inner_optimizer)
+        check_step_weights(self.step_weights, self.inner_steps)
+        if self.meta_gradient is not None:
+            learns = bool(self.rates.learning())
+            check_meta_gradient(
+                self.meta_gradient,
+                self.inner_optimizer,
+                self.step_weights,
+                learns,
+                self.first_order,
+            )
 
     @property
     def inner_lr(self) -> Rate | dict[str, Rate]:
@@ -170,31 +167,69 @@ class MAML(nn.Module):
         return self.rates.spec()
 
     def forward(
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        support_weight: Tensor | None = None,
+        query_weight: Tensor | None = None,
     ) -> MetaStepResult:
         """The meta-step of a batch of tasks.
 
         support_x, query_x: [T, N, ...], [T, M, ...], in the model's dtype and on its device.
         support_y, query_y: int64 classes [T, N], [T, M] for cross entropy; else shaped as the
             predictions.
+        support_weight, query_weight: [T, N], [T, M], what a row counts in its task's loss, which is
+            the weighted mean; bool, or numbers from 0 up. None: all alike. Rows of weight 0 change
+            nothing, whatever they hold, and their query_outputs are 0.
+        Where support_x or query_x requires grad, `loss.backward()` fills its gradient too.
         Raises ValueError or TypeError for data that do not fit, NonFiniteError where a loss or a
         gradient is NaN or infinite, UnsupportedModelError where the backend cannot run the model.
         """
-        if torch.compiler.is_compiling():
+        weights = support_weight, query_weight
+        if torch.compiler.is_compiling() and weights == (None, None):
             return self._as_operation(support_x, support_y, query_x, query_y)
-        batch = TaskBatch(*map(recordable, (support_x, support_y, query_x, query_y)))
+        batch = self._batch(support_x, support_y, query_x, query_y, *weights)
         planned, problem = self._prepare(batch, self.inner_steps, detached=False)
-        if not (torch.is_grad_enabled() and planned.adapting):
+        data = [batch.support_x, batch.query_x] if problem.wants_inputs else []
+        if not (torch.is_grad_enabled() and (planned.learned or data or problem.rates.learning)):
             outcome = self._run(planned.plan, problem, batch, False)
             loss = _reduce(outcome.task_losses, self.reduction)
             rest = outcome.task_losses, outcome.support_losses, outcome.query_outputs
             return MetaStepResult(loss, *rest)
 
-        def run() -> tuple[Outcome, Mapping[str, Tensor], list[Tensor]]:
-            return self._run_with_gradients(planned.plan, problem, batch)
+        kept: list[Tensor | None] = []
 
-        inputs = (*planned.adapting, *self.rates.learning())
-        return MetaStepResult(*_MetaStep.apply(run, self.reduction, *inputs))
+        def run() -> tuple[Outcome, Mapping[str, Tensor], list[Tensor]]:
+            found = self._run_with_gradients(planned.plan, problem, batch)
+            kept.append(found[0].residuals)
+            return found
+
+        inputs = (*self._learned(planned), *self.rates.learning(), *data)
+        result = MetaStepResult(*_MetaStep.apply(run, self.reduction, *inputs))
+        result.residuals = kept[0]
+        return result
+
+    def _batch(self, *data: Tensor | None) -> TaskBatch:
+        """The call's tensors; the targets of rows of weight 0 are blank."""
+        batch = TaskBatch(*map(recordable, data[:4]))  # type: ignore[arg-type]
+        if data[4] is None and data[5] is None:
+            return batch
+        parameter = next(self.model.parameters(), None)
+        check_batch(batch, parameter)
+        dtype = batch.support_x.dtype if parameter is None else parameter.dtype
+        weights = []
+        for name, weight, x in (
+            ("support_weight", data[4], batch.support_x),
+            ("query_weight", data[5], batch.query_x),
+        ):
+            if weight is not None:
+                weight = recordable(weight)
+                check_row_weights(name, weight, x)
+                weight = weight.to(dtype)
+            weights.append(weight)
+        return blank_targets(TaskBatch(*batch[:4], *weights))
 
     def _as_operation(self, *batch: Tensor) -> MetaStepResult:
         """The meta-step as torch.compile sees it."""
@@ -205,7 +240,20 @@ class MAML(nn.Module):
 
     def inputs(self) -> list[Tensor]:
         """The parameters and the rates that get a gradient."""
-        return [p for p in self.model.parameters() if p.requires_grad] + self.rates.learning()
+        named, of_steps = self.model.named_parameters(), self._by_step
+        return [of_steps.get(n, p) for n, p in named if p.requires_grad] + self.rates.learning()
+
+    @property
+    def _by_step(self) -> dict[str, nn.Parameter]:
+        """`step_params` by the names of the model's."""
+        return {key.replace("/", "."): values for key, values in self.step_params.items()}
+
+    def _learned(self, planned: Planned) -> list[nn.Parameter]:
+        """What gets the gradients of the model's parameters."""
+        if not self.step_params:
+            return planned.learned
+        named, of_steps = planned.named, self._by_step
+        return [of_steps.get(name, named[name]) for name in planned.plan.asked.learned]
 
     def run_whole(self, *batch: Tensor, gradient: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Loss, task losses, support losses and query outputs; and, if asked for, the gradients of
@@ -218,7 +266,13 @@ class MAML(nn.Module):
 
     @torch.compiler.disable
     def value_and_grad(
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        support_weight: Tensor | None = None,
+        query_weight: Tensor | None = None,
     ) -> tuple[MetaStepResult, dict[str, Tensor]]:
         """The meta-step and its gradient at once, without a graph: `loss` cannot be differentiated.
 
@@ -228,21 +282,25 @@ class MAML(nn.Module):
         autograd's time for it, which counts where tasks are few. Raises as `forward` does.
         """
         with torch.no_grad():
-            batch = TaskBatch(*map(recordable, (support_x, support_y, query_x, query_y)))
+            batch = self._batch(
+                support_x, support_y, query_x, query_y, support_weight, query_weight
+            )
             planned, problem = self._prepare(batch, self.inner_steps, detached=False)
-            if planned.adapting:
+            if planned.learned or problem.rates.learning:
                 outcome, found, rates = self._run_with_gradients(planned.plan, problem, batch)
             else:
                 outcome, found, rates = self._run(planned.plan, problem, batch, False), {}, []
             loss = _reduce(outcome.task_losses, self.reduction)
         gradients = dict(zip(planned.own_names, found.values(), strict=True))
+        for name in self._by_step:
+            gradients[f"step_params.{name.replace('.', '/')}"] = gradients.pop(f"model.{name}")
         if rates:
             owned = {id(p): name for name, p in self.named_parameters()}
             for rate, gradient in zip(self.rates.learning(), rates, strict=True):
-                if name := owned.get(id(rate)):
-                    gradients[name] = gradient
+                if label := owned.get(id(rate)):
+                    gradients[label] = gradient
         rest = outcome.task_losses, outcome.support_losses, outcome.query_outputs
-        return MetaStepResult(loss, *rest), gradients
+        return MetaStepResult(loss, *rest, outcome.residuals), gradients
 
     def _run(self, plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:
         quick = plan.reads_memory and not torch.is_inference_mode_enabled()
@@ -261,57 +319,86 @@ class MAML(nn.Module):
     def _run_with_gradients(
         self, plan: Plan, problem: Problem, batch: TaskBatch
     ) -> tuple[Outcome, Mapping[str, Tensor], list[Tensor]]:
-        """The gradients of parameters by name, and of `rates.learning()`, reduced over tasks."""
+        """The gradients of parameters by name, then of `rates.learning()` and of the data where
+        they require it, reduced over tasks."""
         outcome = self._run(plan, problem, batch, gradient=True)
         found, by_rate = outcome.gradients, outcome.rate_gradients
         assert found is not None and by_rate is not None
-        rates = self.rates.gather(by_rate) if self.rates.learning() else []
+        rest = self.rates.gather(by_rate) if self.rates.learning() else []
+        rest += outcome.input_gradients or ()
         if self.reduction == "mean":
             whole = [found.flat] if isinstance(found, FlatGradients) else list(found.values())
-            if whole or rates:
-                torch._foreach_div_(whole + rates, batch.tasks)
-        return outcome, found, rates
+            if whole or rest:
+                torch._foreach_div_(whole + rest, batch.tasks)
+        return outcome, found, rest
 
     @torch.compiler.disable
     @torch.no_grad()
     def adapt(
-        self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        inner_steps: int | None = None,
+        support_weight: Tensor | None = None,
     ) -> AdaptedModels:
         """The inner loop alone, without gradients.
 
-        support_x: [T, N, ...]; support_y: [T, N, ...]; inner_steps: None for the module's own.
+        support_x: [T, N, ...]; support_y: [T, N, ...]; inner_steps: None for the module's own;
+        support_weight: [T, N], as of `forward`.
         Returns models to call with query_x [T, M, ...]. Raises as `forward` does.
         """
         steps = self.inner_steps if inner_steps is None else inner_steps
-        _check_count("inner_steps", steps, least=0)
-        x, y = recordable(support_x), recordable(support_y)
-        batch = TaskBatch(x, y, x, y)
+        check_count("inner_steps", steps, least=0)
+        batch = self._batch(
+            support_x, support_y, support_x, support_y, support_weight, support_weight
+        )
+        x = batch.support_x
         planned, problem = self._prepare(batch, steps)
         plan = planned.plan
         with using(self.model, plan), plain(x.device):
             # Copies: what was adapted stays, whatever becomes of the model and of the data.
             own = {name: p.clone() for name, p in problem.parameters.items()}
             problem = dataclasses.replace(problem, parameters=own)
-            adapted = meta_step.adapt(plan, problem, x.clone(), y)
+            adapted = meta_step.adapt(plan, problem, batch._replace(support_x=x.clone()))
         check_losses(adapted.support_losses)
         return AdaptedModels(x, adapted, self.model, plan)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def trajectory(
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        support_weight: Tensor | None = None,
+        query_weight: Tensor | None = None,
+    ) -> Trajectory:
+        """Losses and accuracies of support and query step by step, and the adapted parameters; no
+        gradients. The inner loop runs anew for each step. Data and errors are those of `forward`.
+        """
+        data = support_x, support_y, query_x, query_y, support_weight, query_weight
+        batch = self._batch(*data)
+        planned, problem = self._prepare(batch, self.inner_steps)
+        plan = planned.plan
+        with using(self.model, plan), plain(batch.support_x.device):
+            return trajectory(plan, problem, batch)
 
     def plan(self, support_x: Tensor, query_x: Tensor) -> Plan:
         """What would run for data of these shapes, [T, N, ...] and [T, M, ...]; printable."""
         self._check_options()
         x, q = recordable(support_x), recordable(query_x)
-        batch = TaskBatch(x, x, q, q)
+        batch = TaskBatch(x, x.detach(), q, q.detach())
         check_batch(batch, next(self.model.parameters(), None))
+        asked = self._asked(self.inner_steps, batch, signature(self.model))
         with using(self.model), plain(x.device):
-            planned = self._planner.plan_for(
-                self.model, self.loss, self._asked(self.inner_steps), batch
-            )
+            planned = self._planner.plan_for(self.model, self.loss, asked, batch)
             if not planned.sure:  # without targets: the squared distance from zeros stands in
                 zeros = [
                     torch.zeros_like(out).expand(len(x), *out.shape) for out in planned.outputs
                 ]
                 stand_in = TaskBatch(x, zeros[0], q, zeros[1])
-                problem = self._problem(self.inner_steps, planned)
+                problem = self._problem(self.inner_steps, planned, stand_in)
                 problem = dataclasses.replace(problem, loss="mse")
                 sure = planned.try_out(problem, stand_in)
                 planned.sure = sure and isinstance(self.loss, str)
@@ -323,41 +410,60 @@ class MAML(nn.Module):
         """The checked call's plan, and its problem. Not `detached`: where the backend reads no more
         than the parameters' memory, they are handed over as they are."""
         self._check_options()
-        call = self._call(batch, inner_steps)
+        model = signature(self.model)
+        asked = self._asked(inner_steps, batch, model)
+        call = self._call(batch, asked, model)
         planned = self._planner.recall(call)
         if planned is not None:
             detached = detached or not planned.plan.reads_memory
             if self.loss == "cross_entropy" and detached:  # else `_run` hears of it from the loss
                 check_classes(batch, planned.outputs[1].shape[-1])
-            return planned, self._problem(inner_steps, planned, detached)
+            return planned, self._problem(inner_steps, planned, batch, detached)
         check_batch(batch, next(self.model.parameters(), None))
         with using(self.model), plain(batch.support_x.device):
-            asked = self._asked(inner_steps)
             planned = self._planner.plan_for(self.model, self.loss, asked, batch)
             check_targets("support_y", batch.support_y, planned.outputs[0], self.loss)
             check_targets("query_y", batch.query_y, planned.outputs[1], self.loss)
             if self.loss == "cross_entropy":
                 check_classes(batch, planned.outputs[1].shape[-1])
-            problem = self._problem(inner_steps, planned)
+            problem = self._problem(inner_steps, planned, batch)
             if not planned.sure:
                 planned.sure = planned.try_out(problem, batch)
             if planned.sure:
                 self._planner.remember(call, planned)
         return planned, problem
 
-    def _call(self, batch: TaskBatch, inner_steps: int) -> tuple[Any, ...] | None:
+    def _call(self, batch: TaskBatch, asked: Asked, model: Any) -> tuple[Any, ...] | None:
         """All that `check_batch`, `check_targets` and a plan depend on: a call that was right once
         is not looked at again."""
-        if not all(type(t) in PLAIN_TENSORS and not t.is_nested for t in batch):
+        if not all(type(t) in PLAIN_TENSORS and not t.is_nested for t in batch.tensors):
             return None
         return (
-            *((t.shape, t.dtype, t.device, t.layout, t.requires_grad) for t in batch),
+            *((t.shape, t.dtype, t.device, t.layout, t.requires_grad) for t in batch.tensors),
             torch.is_grad_enabled(),
-            self._asked(inner_steps),
-            signature(self.model),
+            asked,
+            model,
         )
 
-    def _asked(self, inner_steps: int) -> Asked:
+    def _names(self, model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The parameters that adapt, and those that get a meta-gradient; `model`: its signature."""
+        chosen = self.inner_params
+        key = model, None if chosen is None else tuple(chosen)
+        if self._named is None or self._named[0] != key:
+            named = dict(self.model.named_parameters())
+            learned = tuple(name for name, p in named.items() if p.requires_grad)
+            found = matching("inner_params", chosen, named)
+            if found is None:
+                found = [name for name in learned if name not in self._by_step]
+            self._named = key, (tuple(found), learned)
+        return self._named[1]
+
+    def _asked(self, inner_steps: int, batch: TaskBatch, model: Any) -> Asked:
+        adapting, learned = self._names(model)
+        by_number: frozenset[str] = frozenset()
+        if self.rates.may_be_by_number:
+            named = dict(self.model.named_parameters())
+            by_number = self.rates.by_number({n: named[n] for n in adapting}, inner_steps)
         return Asked(
             self.loss if isinstance(self.loss, str) else id(self.loss),
             inner_steps,
@@ -367,18 +473,42 @@ class MAML(nn.Module):
             self.chunk_size,
             torch.get_float32_matmul_precision(),
             self.cuda_graphs,
+            adapting,
+            learned,
+            by_number,
+            bool(self.rates.learning()),
+            self.inner_optimizer,
+            self._step_weights(inner_steps),
+            batch.support_weight is not None or batch.query_weight is not None,
+            _wants_inputs(batch),
+            self.meta_gradient,
+            tuple(self._by_step),
         )
 
-    def _problem(self, inner_steps: int, planned: Planned, detached: bool = True) -> Problem:
-        named = planned.named
-        dtype = next((p.dtype for p in named.values()), torch.float64)
+    def _step_weights(self, inner_steps: int) -> tuple[float, ...]:
+        """Of the module's own number of steps; with others, as in `adapt`, no query loss counts."""
+        if inner_steps != self.inner_steps:
+            return ()
+        return check_step_weights(self.step_weights, inner_steps)
+
+    def _problem(
+        self, inner_steps: int, planned: Planned, batch: TaskBatch, detached: bool = True
+    ) -> Problem:
+        named, asked = planned.named, planned.plan.asked
         return Problem(
             model=self.model,
             parameters={name: p.detach() for name, p in named.items()} if detached else named,
             loss=self.loss,
             inner_steps=inner_steps,
             first_order=self.first_order,
-            rates=self.rates.table(planned.adapting_names, inner_steps, dtype),
+            rates=self.rates.table(planned.adapting, inner_steps),
+            meta=asked.learned,
+            rule=self.inner_optimizer,
+            step_weights=asked.step_weights,
+            wants_inputs=asked.wants_inputs,
+            weighted_rows=asked.weighted_rows,
+            outer=self.meta_gradient,
+            by_step={name: values.detach() for name, values in self._by_step.items()},
         )
 
 
@@ -417,15 +547,27 @@ def _reduce(task_losses: Tensor, reduction: str) -> Tensor:
     return task_losses.mean() if reduction == "mean" else task_losses.sum()
 
 
-def _check_choice(name: str, value: object, known: Any, more: str = "") -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} is {type(value).__name__}; wanted is one of {list(known)}{more}")
-    if value not in known:
-        raise ValueError(f"{name} is {value!r}; wanted is one of {list(known)}{more}")
+def _of_steps(
+    model: nn.Module, patterns: object, inner_params: object, inner_steps: int
+) -> nn.ParameterDict:
+    """Values for each step of the parameters that match."""
+    named = dict(model.named_parameters())
+    found = matching("step_params", patterns, named) if patterns != () else []
+    both = set(found or ()) & set(matching("inner_params", inner_params, named) or ())
+    if both:
+        raise ValueError(
+            f"step_params and inner_params both have {sorted(both)}; what has values for each step "
+            "does not adapt: leave it out of one of them"
+        )
+    kept = nn.ParameterDict()
+    for name in found or ():
+        p = named[name].detach()
+        kept[name.replace(".", "/")] = nn.Parameter(p.repeat(inner_steps + 1, *(1,) * p.dim()))
+    return kept
 
 
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} is {value!r}; wanted is an integer, {least} or more")
-    if value < least:
-        raise ValueError(f"{name} is {value}; wanted is {least} or more")
+def _wants_inputs(batch: TaskBatch) -> bool:
+    return torch.is_grad_enabled() and (
+        getattr(batch.support_x, "requires_grad", False)
+        or getattr(batch.query_x, "requires_grad", False)
+    )

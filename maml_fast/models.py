@@ -1,4 +1,4 @@
-"""The networks of the MAML paper, as plain torch modules."""
+"""The networks of the MAML and CAVIA papers, as plain torch modules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -45,17 +45,7 @@ def sinusoid_mlp(
     Raises:
         ValueError: naming the argument, what was found and what is wanted.
     """
-    _check_hidden(hidden)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; wanted is one of {list(ACTIVATIONS)}")
-    sizes = [1, *hidden, 1]
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(sizes):
-        if layers:
-            layers.append(ACTIVATIONS[activation]())
-        # Without torch's own initialisation, which would draw from the global generator.
-        layers.append(nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=dtype))
-    model = nn.Sequential(*layers)
+    model = _mlp([1, *hidden, 1], activation, dtype)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -63,6 +53,72 @@ def sinusoid_mlp(
         else:
             nn.init.trunc_normal_(parameter, 0.0, std, -2 * std, 2 * std, generator=generator)
     return model.to(device)
+
+
+class ContextInput(nn.Module):
+    """Puts a context of `size` numbers behind each row: [..., K] becomes [..., K + size].
+
+    The context is what adapts to a task in CAVIA (Zintgraf et al. 2019): a parameter that starts
+    at 0 and does not require grad, so that it is in `inner_params` but not meta-learned.
+
+    Raises:
+        ValueError: naming the argument, what was found and what is wanted.
+    """
+
+    def __init__(
+        self,
+        size: int = 5,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        _check_sizes(size=size)
+        zeros = torch.zeros(size, dtype=dtype, device=device)
+        self.context = nn.Parameter(zeros, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.context.expand(x.shape[:-1] + self.context.shape)
+        return torch.cat((x, rows), dim=-1)
+
+
+CONTEXT = ("*context",)  # `inner_params` of a network that begins with a ContextInput
+
+
+def cavia_sinusoid(
+    context_size: int = 5,
+    hidden: Sequence[int] = (40, 40),
+    activation: str = "relu",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> nn.Sequential:
+    """The regression network of Zintgraf et al. 2019 (CAVIA), section 4.1: 1+5-40-40-1 with ReLU.
+
+    The input and a context that starts at 0 go through one layer together, drawn like the others
+    as the paper's code draws them, which is torch's way: weights and biases uniform between
+    -1/sqrt(K) and 1/sqrt(K), K the layer's inputs. Give `MAML` `inner_params=models.CONTEXT`.
+
+    Args:
+        context_size: numbers of the context.
+        hidden, activation, seed: as of `sinusoid_mlp`.
+
+    Returns:
+        A module from [..., 1] to [..., 1].
+
+    Raises:
+        ValueError: naming the argument, what was found and what is wanted.
+    """
+    _check_sizes(context_size=context_size)
+    model = _mlp([1 + context_size, *hidden, 1], activation, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            bound = layer.in_features**-0.5
+            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+    return nn.Sequential(ContextInput(context_size, dtype=dtype), *model).to(device)
 
 
 def omniglot_conv4(
@@ -186,6 +242,20 @@ def omniglot_mlp(
             nn.init.trunc_normal_(module.weight, 0.0, 0.01, -0.02, 0.02, generator=generator)
             nn.init.zeros_(module.bias)
     return model.to(device)
+
+
+def _mlp(sizes: Sequence[int], activation: str, dtype: torch.dtype) -> nn.Sequential:
+    """Linear layers of these sizes, not yet drawn, with activations between them."""
+    _check_hidden(sizes[1:-1])
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; wanted is one of {list(ACTIVATIONS)}")
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(sizes):
+        if layers:
+            layers.append(ACTIVATIONS[activation]())
+        # Without torch's own initialisation, which would draw from the global generator.
+        layers.append(nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=dtype))
+    return nn.Sequential(*layers)
 
 
 def _batch_norm(

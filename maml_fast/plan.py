@@ -6,7 +6,7 @@ T tasks, N support rows, M query rows, S inner steps, I/O features of a linear l
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from maml_fast import cpu_features, cpu_plan, triton_features, triton_plan
-from maml_fast.cost import choose_form
+from maml_fast.cost import choose_form, still_cost
 from maml_fast.errors import UnavailableBackendError, UnsupportedModelError
-from maml_fast.layers import Asked, LayerPlan, Shapes, centred_by, plan_layers
+from maml_fast.layers import Asked, LayerPlan, Layers, Shapes, centred_by, plan_layers
 from maml_fast.ops import BatchNorm, Weighted
 from maml_fast.ops.norm import runs_on_statistics
 from maml_fast.refusals import batching_refusals
@@ -25,6 +25,10 @@ from maml_fast.refusals import batching_refusals
 BACKENDS = ("auto", "triton", "cpu", "torch", "functional", "reference")
 PLANNED = ("triton", "cpu", "torch")  # that run a chain of operations with fast weights in forms
 FAST_WEIGHTS = ("auto", "factored", "dense")
+
+# The C++ engine is quicker than torch at large products: from so many inner steps on it pays to
+# take what lies below all that adapts out of them, and leave it to torch.
+BODY_PAYS_FROM = 4
 
 # What a pass may keep at once; more tasks than fit are taken in several passes. On a CPU small
 # passes stay near the cache; functional keeps the parameters of every step, and bounds them.
@@ -43,6 +47,10 @@ class Plan:
     output: tuple[int, ...]  # [M, *features] of a prediction
     chunk_size: int
     layers: list[LayerPlan] = field(default_factory=list)
+    body: list[LayerPlan] = field(
+        default_factory=list
+    )  # below all that adapts, see `layers.Layers`
+    moving: list[str] = field(default_factory=list)  # parameters of `layers` that adapt or learn
     refusals: list[str] = field(default_factory=list)
     forward_mode: bool = True  # how functional takes Hessian-vector products
     cpu: cpu_plan.CpuPlan | None = None
@@ -51,6 +59,11 @@ class Plan:
     programs: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     batch_norms: str = ""  # what the model's batch norms do, for people
     centred_by: str = ""  # see `layers.centred_by`; the data are handed over less their mean
+
+    @property
+    def rows_meet(self) -> bool:
+        """Whether a task's rows may see each other in the model, as in batch norm."""
+        return self.backend not in PLANNED or bool(self.batch_norms)
 
     @property
     def flops(self) -> int:
@@ -84,9 +97,9 @@ class Plan:
             f"{shapes.query[0]} query rows; {self.asked.inner_steps} inner steps; "
             f"{str(shapes.dtype).removeprefix('torch.')} on {shapes.device}",
         ]
-        if self.layers:
+        if self.layers or self.body:
             rows = [("layer", "operation", "row", "weights", "MFLOP a task", "KiB a task")]
-            for layer in self.layers:
+            for layer in (*self.body, *self.layers):
                 cost = layer.cost
                 rows.append(
                     (
@@ -125,7 +138,6 @@ def make_plan(
     asked: Asked,
     shapes: Shapes,
     output: tuple[int, ...],
-    adapting: Collection[str],
     refusals: Sequence[str] = (),
     broken: Mapping[str, str] | None = None,
 ) -> Plan:
@@ -137,12 +149,21 @@ def make_plan(
     """
     _check_available(asked.backend)
     backend, reason = asked.backend, "as asked"
-    layers: list[LayerPlan] = []
+    parts = Layers([], [])
     refusals = list(refusals)
     if backend in ("auto", *PLANNED) and not refusals:
-        layers, refusals = plan_layers(model, asked, shapes, adapting)
+        parts, refusals = plan_layers(model, asked, shapes)
+    merged = parts
+    if parts.body and not asked.wants_inputs:
+        merged, _ = plan_layers(model, asked, shapes, with_body=False)
+    parts_of = {
+        "triton": merged,
+        "cpu": parts if asked.inner_steps >= BODY_PAYS_FROM else merged,
+    }
     not_by = {
-        name: [broken[name]] if broken and name in broken else compiled.refusals(layers, shapes)
+        name: [broken[name]]
+        if broken and name in broken
+        else compiled.refusals(parts_of[name], asked, shapes)
         for name, compiled in (("triton", triton_plan), ("cpu", cpu_plan))
         if backend in ("auto", name)
     }
@@ -156,10 +177,12 @@ def make_plan(
         if refusals:
             backend, reason = "functional", "the planned backends cannot run this model (below)"
     cpu = triton = None
+    parts = parts_of.get(backend, parts)
+    layers, adapting = parts.above, parts.moving(asked)
     if backend == "triton":
         layers, triton = triton_plan.plan_for_triton(layers, asked, shapes, adapting)
     elif backend == "cpu":
-        layers, cpu = cpu_plan.plan_for_cpu(layers, asked, shapes, adapting)
+        layers, cpu = cpu_plan.plan_for_cpu(parts, asked, shapes, adapting)
     elif backend == "torch":
         layers = [_with_form(layer, asked, shapes) for layer in layers]
     if backend not in PLANNED and asked.fast_weights != "auto":
@@ -191,10 +214,12 @@ def make_plan(
         output,
         chunk_size,
         layers,
+        parts.body,
+        adapting,
         refusals,
         cpu=cpu,
         triton=triton,
-        batch_norms=_batch_norms(model, layers),
+        batch_norms=_batch_norms(model, [*parts.body, *layers]),
         centred_by=centred_by(layers) if backend in PLANNED else "",
     )
 
@@ -230,6 +255,8 @@ def _choose(not_by: Mapping[str, Sequence[str]], shapes: Shapes) -> tuple[str, s
 
 def _with_form(layer: LayerPlan, asked: Asked, shapes: Shapes) -> LayerPlan:
     """The form that suits backend "torch"."""
+    if layer.still and layer.form in ("", "dense"):
+        return replace(layer, form="still", cost=still_cost(layer.use) if layer.use else None)
     if layer.use is None:
         return layer
     form, cost = choose_form(layer.use, asked.fast_weights, shapes.dtype.itemsize)

@@ -34,9 +34,10 @@ class Planned:
     sure: bool = False  # whether it was tried against autograd
 
     def __post_init__(self) -> None:
-        adapting = {name: p for name, p in self.named.items() if p.requires_grad}
-        self.adapting_names, self.adapting = tuple(adapting), list(adapting.values())
-        self.own_names = [f"model.{name}" for name in adapting]  # of `MAML.named_parameters()`
+        asked = self.plan.asked
+        self.adapting = {name: self.named[name] for name in asked.adapting}
+        self.learned = [self.named[name] for name in asked.learned]
+        self.own_names = [f"model.{name}" for name in asked.learned]  # `MAML.named_parameters()`
 
     def try_out(self, problem: Problem, batch: TaskBatch) -> bool:
         """Try the plan on the first task; "auto" takes functional where a planned one is wrong.
@@ -101,11 +102,8 @@ class Planner:
             check_statistics(model)
             outputs = probe(model, "support_x", x[0]), probe(model, "query_x", q[0])
             named = dict(model.named_parameters())
-            adapting = [name for name, p in named.items() if p.requires_grad]
-            make = functools.partial(
-                make_plan, model, asked, shapes, tuple(outputs[1].shape), adapting
-            )
-            alive = [loss, *model.modules(), *model.parameters()]
+            make = functools.partial(make_plan, model, asked, shapes, tuple(outputs[1].shape))
+            alive = [loss, asked.rule, *model.modules(), *model.parameters()]
             self._plans[key] = Planned(make(), outputs, make, alive, named)
             if len(self._plans) > PLANS_KEPT:
                 self._plans.popitem(last=False)

@@ -10,12 +10,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from maml_fast.checkpoint import write_atomically
-from maml_fast.evaluate import DIVERGED, PAPER_MAML, PAPER_SHOTS, Evaluation, Fits
+from maml_fast.evaluate import DIVERGED, FINN, Evaluation, Fits, Paper
 
 DPI = 120
 
 
-def adaptation_figure(evaluations: Sequence[Evaluation]) -> Figure:
+def adaptation_figure(evaluations: Sequence[Evaluation], paper: Paper | None = FINN) -> Figure:
     """Error against gradient steps, a line with its 95% band for each number of shots.
 
     Where tasks diverge, a dotted line shows the mean of the others, and the mean of all may leave
@@ -37,10 +37,17 @@ def adaptation_figure(evaluations: Sequence[Evaluation]) -> Figure:
             label = f"{evaluation.shots} shots without {diverged} diverging of {evaluation.tasks}"
             others = [row.mse_others for row in errors]
             axes.plot(steps, others, linestyle=":", color=line.get_color(), label=label)
-    if any(evaluation.shots == PAPER_SHOTS for evaluation in evaluations):
-        label = f"Finn et al. 2017, {PAPER_SHOTS} shots"
-        points = list(PAPER_MAML), list(PAPER_MAML.values())
-        axes.plot(*points, marker="x", linestyle="none", color="black", label=label)
+    if paper is not None and any(paper.shots == evaluation.shots for evaluation in evaluations):
+        label = f"{paper.source}, {paper.shots} shots"
+        reported = next(iter(paper.columns.values()))
+        axes.plot(
+            list(reported),
+            list(reported.values()),
+            marker="x",
+            linestyle="none",
+            color="black",
+            label=label,
+        )
     axes.set_yscale("log")
     shown = [row.mse_others for evaluation in evaluations for row in evaluation.errors]
     axes.set_ylim(top=2 * max(filter(math.isfinite, shown), default=DIVERGED))

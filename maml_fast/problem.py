@@ -5,23 +5,29 @@ Dimensions: T tasks, N support rows a task, M query rows a task, S inner steps.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence, ValuesView
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from maml_fast.inner import SGD, InnerRule
+from maml_fast.outer import MetaGradient
+
 Loss = str | Callable[[Tensor, Tensor], Tensor]
 
 
 class TaskBatch(NamedTuple):
-    """The four tensors of a meta-step."""
+    """The tensors of a meta-step. Weights of rows are None where all count alike."""
 
     support_x: Tensor  # [T, N, ...]
     support_y: Tensor  # [T, N, ...]
     query_x: Tensor  # [T, M, ...]
     query_y: Tensor  # [T, M, ...]
+    support_weight: Tensor | None = None  # [T, N]
+    query_weight: Tensor | None = None  # [T, M]
 
     @property
     def tasks(self) -> int:
@@ -33,7 +39,16 @@ class TaskBatch(NamedTuple):
             yield self
             return
         for start in range(0, self.tasks, size):
-            yield TaskBatch(*(tensor[start : start + size] for tensor in self))
+            yield self.map(operator.itemgetter(slice(start, start + size)))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TaskBatch:
+        """The same of each tensor that is there."""
+        return TaskBatch(*(None if tensor is None else change(tensor) for tensor in self))  # type: ignore[arg-type]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that are there, in order."""
+        return [tensor for tensor in self if tensor is not None]
 
 
 def one_loss(loss_fn: Callable[[Tensor, Tensor], Tensor], z: Tensor, y: Tensor) -> Tensor:
@@ -47,13 +62,14 @@ def one_loss(loss_fn: Callable[[Tensor, Tensor], Tensor], z: Tensor, y: Tensor) 
 
 @dataclass(frozen=True)
 class RateTable:
-    """Inner learning rates, spelled out: one number for each adapting parameter and inner step.
+    """Inner learning rates, spelled out for each adapting parameter and inner step.
 
-    `values` maps a parameter's name to its S rates; its keys are exactly the parameters that adapt.
+    `values` maps a parameter's name to its S rates, or to a tensor [S, *shape] where its numbers
+    have rates of their own; its keys are exactly the parameters that adapt.
     `learning` names the parameters whose rates want a gradient.
     """
 
-    values: Mapping[str, tuple[float, ...]]
+    values: Mapping[str, tuple[float, ...] | Tensor]
     learning: frozenset[str] = frozenset()
 
 
@@ -67,11 +83,43 @@ class Problem:
     inner_steps: int
     first_order: bool
     rates: RateTable
+    # Parameters that get a meta-gradient, whether they adapt or not; None: those that adapt
+    meta: tuple[str, ...] | None = None
+    rule: InnerRule = field(default_factory=SGD)
+    step_weights: tuple[float, ...] = ()  # [S + 1] of the query losses; (): the last alone
+
+    wants_inputs: bool = False  # gradients by the rows of support and query
+    weighted_rows: bool = False  # the batch has weights of rows
+    # Of parameters that have values for each step, [S + 1, *shape]; the last goes on beyond
+    by_step: Mapping[str, Tensor] = field(default_factory=dict)
+    outer: MetaGradient | None = None  # what stands in for the exact meta-gradient
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Names of the parameters that get a meta-gradient."""
+        return tuple(self.rates.values) if self.meta is None else self.meta
 
     @property
     def adapting(self) -> list[str]:
-        """Names of the parameters that adapt in the inner loop and get a meta-gradient."""
+        """Names of the parameters that adapt in the inner loop."""
         return list(self.rates.values)
+
+    def above(self, moving: list[str], wants_inputs: bool) -> Problem:
+        """The same of the layers above a body, as the planned backends see it: what learns and does
+        not adapt adapts at rate 0, and whatever adapts gets a gradient."""
+        names, rates = list(self.rates.values), self.rates
+        if moving == names == list(self.learned) and wants_inputs == self.wants_inputs:
+            return self
+        still = (0.0,) * self.inner_steps
+        spread = {name: rates.values.get(name, still) for name in moving}
+        table = RateTable(spread, rates.learning & set(moving))
+        return replace(self, rates=table, meta=tuple(moving), wants_inputs=wants_inputs)
+
+    def query_weight_at(self, step: int) -> float:
+        """What the query loss before inner step `step`, or behind the last, counts."""
+        if self.step_weights:
+            return self.step_weights[step]
+        return float(step == self.inner_steps)
 
 
 class FlatGradients(Mapping[str, Tensor]):
@@ -104,11 +152,14 @@ class FlatGradients(Mapping[str, Tensor]):
 class Outcome:
     """What a meta-step yields. Gradients are sums over the tasks; None where none was asked for."""
 
-    task_losses: Tensor  # [T]
+    task_losses: Tensor  # [T], of several weighted steps their sum
     support_losses: Tensor  # [T, S]
     query_outputs: Tensor  # [T, M, ...]
     gradients: Mapping[str, Tensor] | None = None  # {name: the parameter's own shape}
-    rate_gradients: dict[str, Tensor] | None = None  # {name: [S]}
+    rate_gradients: dict[str, Tensor] | None = None  # {name: [S] or [S, *shape]}
+    # Of the sum over tasks, by support_x and query_x; None where not asked for
+    input_gradients: tuple[Tensor, Tensor] | None = None
+    residuals: Tensor | None = None  # [T], of the implicit meta-gradient's equations
     finite: bool | None = None  # whether all of it is; None: not looked at yet
 
 
@@ -136,14 +187,22 @@ class Stepper(Protocol):
     def inner_step(self, fast: Any, step: int) -> tuple[Tensor, Any, Any]:
         """Support losses [T] at `fast`, the fast weights after the step, and its trace."""
 
-    def query(self, fast: Any, gradient: bool) -> tuple[Tensor, Tensor, Any]:
-        """Query losses [T], outputs [T, M, ...], and the adjoint: the query gradient (or None)."""
+    def query(
+        self, fast: Any, weight: float, gradient: bool, adjoint: Any
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Query losses [T], outputs [T, M, ...], and, with gradient, the adjoint (None: 0) with
+        `weight` times the query gradient added."""
 
     def pull_back(self, adjoint: Any, trace: Any, step: int) -> Any:
         """The adjoint before inner step `step`; sums the gradients of the rates on the way."""
 
-    def gradients(self, adjoint: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Gradients of parameters and of learning rates, summed over tasks."""
+    def solve(self, fast: Any, adjoint: Any) -> tuple[Any, Tensor]:
+        """The implicit meta-gradient: the adjoint at step 0 out of that at the last, and residuals
+        [T]. Of backend functional alone; the plan sends nobody else here."""
+
+    def finish(self, adjoint: Any, outcome: Outcome) -> None:
+        """Put gradients of parameters and of learning rates, summed over tasks, and what else was
+        asked for, into the outcome."""
 
     def adapted(self, fast: Any, support_losses: Tensor) -> AdaptedTasks:
         """The adapted models at `fast`, and the losses [T, S] on the way there."""

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from maml_fast.config_images import ImageConfig, OmniglotConfig
-from maml_fast.evaluate import PAPER_MAML, PAPER_PRETRAINED, PAPER_SHOTS, Evaluation
+from maml_fast.evaluate import FINN, Evaluation, Paper
 from maml_fast.evaluate_images import (
     PAPER_FILTERS,
     PAPER_OMNIGLOT,
@@ -19,17 +19,20 @@ from maml_fast.evaluate_images import (
 )
 
 
-def error_table(evaluations: Sequence[Evaluation]) -> Table:
+def error_table(evaluations: Sequence[Evaluation], paper: Paper | None = FINN) -> Table:
     """Mean squared errors, beside the paper's where that has them; notes where tasks diverged."""
+    columns = list(paper.columns) if paper else []
     first = evaluations[0]
     table = Table(title=f"Mean squared error, {first.tasks} tasks, inner rate {first.inner_lr:g}")
-    for heading in ("shots", "steps", "mean, 95%", "median", "paper: MAML", "pretrained"):
+    beside = [f"paper: {name}" if name == columns[0] else name for name in columns]
+    for heading in ("shots", "steps", "mean, 95%", "median", *beside):
         table.add_column(heading, justify="right")
     notes: list[str] = []
     for evaluation in evaluations:
         for row in evaluation.errors:
-            known = evaluation.shots == PAPER_SHOTS and row.steps in PAPER_MAML
-            paper = (PAPER_MAML[row.steps], PAPER_PRETRAINED[row.steps]) if known else ("", "")
+            known: list[float | str] = [""] * len(columns)
+            if paper is not None and evaluation.shots == paper.shots:
+                known = [errors.get(row.steps, "") for errors in paper.columns.values()]
             mean = f"{_number(row.mse)} ± {_number(row.ci95)}"
             if row.diverged:
                 mean += f" [{len(notes) + 1}]"
@@ -37,9 +40,11 @@ def error_table(evaluations: Sequence[Evaluation]) -> Table:
                     f"[{len(notes) + 1}] diverged on {row.diverged} of {evaluation.tasks} tasks; "
                     f"the others: {_number(row.mse_others)} ± {_number(row.ci95_others)}"
                 )
-            cells = (evaluation.shots, row.steps, mean, _number(row.median), *paper)
+            cells = (evaluation.shots, row.steps, mean, _number(row.median), *known)
             table.add_row(*(Text(str(cell)) for cell in cells))
         table.add_section()
+    if paper is not None and paper.note:
+        notes.append(paper.note)
     table.caption = Text("\n".join(notes)) if notes else None
     return table
 

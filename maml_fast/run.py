@@ -61,6 +61,7 @@ class Run:
             inner_steps=config.inner_steps,
             first_order=config.first_order,
             backend=config.backend,
+            inner_params=config.inner_params,
         )
         self.optimizer = torch.optim.Adam([self.parameters.flat], lr=config.meta_lr, fused=True)
         self.iteration = 0

@@ -7,7 +7,7 @@ from torch import nn
 
 from maml_fast.config import check_device
 from maml_fast.config_sinusoid import SinusoidConfig
-from maml_fast.models import sinusoid_mlp
+from maml_fast.models import cavia_sinusoid, sinusoid_mlp
 from maml_fast.run import TASK_SEEDS, Run
 from maml_fast.tasks import SinusoidTasks
 
@@ -23,4 +23,8 @@ class SinusoidRun(Run):
 
 def sinusoid_model(config: SinusoidConfig, device: torch.device) -> nn.Module:
     """The model at the beginning of a run."""
+    if config.context_size is not None:
+        return cavia_sinusoid(
+            config.context_size, config.hidden, config.activation, seed=config.seed, device=device
+        )
     return sinusoid_mlp(config.hidden, config.activation, seed=config.seed, device=device)

@@ -12,7 +12,7 @@ import torch
 
 from maml_fast import triton_cost, triton_features
 from maml_fast.cost import LayerUse, cost_of
-from maml_fast.layers import Asked, LayerPlan, Shapes, Variant
+from maml_fast.layers import WEIGHTED_ROWS, Asked, LayerPlan, Layers, Shapes, Variant
 from maml_fast.ops import (
     AveragePool,
     Conv2d,
@@ -73,7 +73,7 @@ class TritonPlan:
         return f"{text}; estimated, not measured: {self.seconds * 1e3:.3g} ms"
 
 
-def refusals(layers: Sequence[LayerPlan], shapes: Shapes) -> list[str]:
+def refusals(parts: Layers, asked: Asked, shapes: Shapes) -> list[str]:
     """Why backend "triton" cannot run layers that the torch backend can."""
     if missing := triton_features.why_unavailable():
         return [missing]
@@ -82,9 +82,14 @@ def refusals(layers: Sequence[LayerPlan], shapes: Shapes) -> list[str]:
     if shapes.dtype != torch.float32:
         instead = "; take backend 'torch'" if shapes.dtype == torch.float64 else ""
         return [f"the data are {shapes.dtype}, and its kernels take float32{instead}"]
+    unusual = [words for words in asked.unusual() if words != WEIGHTED_ROWS]
+    if parts.body:
+        unusual.append("layers that learn below all that adapts")
+    if unusual:
+        return [f"its kernels have not: {', '.join(unusual)}"]
     return [
         f"layer '{layer.link.name}' ({layer.link.op}): has no Triton operation"
-        for layer in layers
+        for layer in parts.above
         if isinstance(layer.link.op, Operation) and layer.link.op.native is None
     ]
 
@@ -140,6 +145,8 @@ def why_not_fused(layers: Sequence[LayerPlan], asked: Asked) -> str:
     """Why the fused kernel cannot run these layers; empty if it can."""
     if asked.fast_weights == "factored":
         return "fused ones have dense weights"
+    if asked.weighted_rows:
+        return "fused ones count all rows alike"
     adapting = [layer for layer in layers if not layer.prelude]
     if not adapting:
         return "nothing adapts"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -61,9 +62,13 @@ def agrees(plan: Plan, problem: Problem, batch: TaskBatch) -> bool | None:
     None where autograd's is not finite.
     """
     problem = dataclasses.replace(
-        problem, inner_steps=min(1, problem.inner_steps), rates=_first_rates(problem.rates)
+        problem,
+        inner_steps=(steps := min(1, problem.inner_steps)),
+        rates=_first_rates(problem.rates),
+        outer=None,
+        step_weights=((0.25, 0.75) if steps else (1.0,)) if problem.step_weights else (),
     )
-    batch = TaskBatch(*(tensor[:1] for tensor in batch))
+    batch = batch.map(operator.itemgetter(slice(0, 1)))
     if plan.cpu is not None and plan.cpu.layout == IMAGES:
         batch = _with_few_queries(batch)
     plan = _exact(plan)
@@ -89,7 +94,7 @@ def _with_few_queries(batch: TaskBatch) -> TaskBatch:
     """No more query rows than support rows, or five: autograd's graph of many large images would
     need more memory than the meta-step that it judges, whose layers treat all rows alike."""
     few = max(batch.support_x.shape[1], 5)
-    return TaskBatch(*batch[:2], *(tensor[:, :few] for tensor in batch[2:]))
+    return batch._replace(query_x=batch.query_x[:, :few], query_y=batch.query_y[:, :few])
 
 
 def _has_kink(plan: Plan) -> bool:
@@ -127,7 +132,7 @@ def _exact_products() -> Iterator[None]:
 
 def _distance(plan: Plan, problem: Problem, batch: TaskBatch) -> float | None:
     """The relative difference of losses and outputs, or of gradients; None if not finite."""
-    gradient = bool(problem.adapting)
+    gradient = bool(problem.learned)
     wanted = _tensors(reference.meta_step(problem, batch, gradient))
     if not all(tensor.isfinite().all() for tensor in wanted.values()):
         return None
@@ -135,7 +140,7 @@ def _distance(plan: Plan, problem: Problem, batch: TaskBatch) -> float | None:
     # Gradients together: one that cancels to rounding has no relative error of its own.
     rounding = _rounding(wanted, batch) * _amplified(plan, problem.model)
     worst = 0.0
-    for names in ([n for n in wanted if n not in problem.parameters], problem.adapting):
+    for names in ([n for n in wanted if n not in problem.parameters], problem.learned):
         scale = _norm([wanted[name] for name in names])
         difference = _norm([found[name] - wanted[name] for name in names])
         if scale > rounding or difference > rounding:
@@ -187,4 +192,11 @@ def in_float64(problem: Problem, batch: TaskBatch) -> tuple[Problem, TaskBatch]:
         parameters={name: p.double() for name, p in problem.parameters.items()},
         loss=copy.deepcopy(loss).double() if isinstance(loss, nn.Module) else loss,
     )
-    return doubled, TaskBatch(*(t.double() if t.is_floating_point() else t for t in batch))
+    spread = {
+        name: rates.double() if isinstance(rates, Tensor) else rates
+        for name, rates in problem.rates.values.items()
+    }
+    by_step = {name: values.double() for name, values in problem.by_step.items()}
+    table = RateTable(spread, problem.rates.learning)
+    doubled = dataclasses.replace(doubled, rates=table, by_step=by_step)
+    return doubled, batch.map(lambda t: t.double() if t.is_floating_point() else t)

@@ -179,7 +179,7 @@ def _layers() -> list[Launch]:
         batch = TaskBatch(x, support_y, q, query_y)
         with mock.patch.object(attend, "describe", noted):
             stepper = LayerStepper(problem, batch, plan, True, plan.triton.precision)
-            stepping.drive(stepper, case.S, gradient=True)
+            stepping.drive(stepper, problem, gradient=True)
     return list(found.values())
 
 

@@ -51,7 +51,9 @@ IMAGE = 1, 5, 6
 
 
 def on_device(batch, dtype=torch.float32):
-    return TaskBatch(*(t.to(DEVICE, dtype if t.is_floating_point() else t.dtype) for t in batch))
+    return TaskBatch(
+        *(t.to(DEVICE, dtype if t.is_floating_point() else t.dtype) for t in batch[:4])
+    )
 
 
 def error_of(found, wanted):
@@ -70,7 +72,7 @@ class Fused:
         model, batch = draw.mlp(sizes), draw.batch(loss, tasks, rows, query_rows, sizes)
         exact = MAML(model, loss, RATE, self.steps, backend="reference")(*batch)
         gradients = by_graph(model, batch, loss, RATE, self.steps)[1]
-        single = TaskBatch(*(t.float() if t.is_floating_point() else t for t in batch))
+        single = TaskBatch(*(t.float() if t.is_floating_point() else t for t in batch[:4]))
         plain = by_graph(copy.deepcopy(model).float(), single, loss, RATE, self.steps)[1]
         self.bounds = {n: max(BOUND, 2 * error_of(plain[n], g)) for n, g in gradients.items()}
         self.wanted = {n: g * tasks for n, g in gradients.items()}

@@ -83,7 +83,7 @@ def by_graph(
     model = copy.deepcopy(model)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     losses = []
-    for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
+    for support_x, support_y, query_x, query_y in zip(*batch[:4], strict=True):
         fast: dict[str, Tensor] = dict(named)
         for step in range(inner_steps):
             support_loss = ORACLES[loss](_call(model, fast, support_x), support_y)

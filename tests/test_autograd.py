@@ -89,7 +89,7 @@ def test_no_grad_runs_no_adjoint(maml, batch, monkeypatch):
     with torch.no_grad():
         bare = maml(*batch)
     with torch.inference_mode():
-        inferred = maml(*(t.clone() for t in batch))  # inference tensors
+        inferred = maml(*(t.clone() for t in batch[:4]))  # inference tensors
     for silent in (bare, inferred):
         assert not silent.loss.requires_grad
         for name in ("loss", "task_losses", "support_losses", "query_outputs"):
@@ -124,7 +124,7 @@ def test_an_optimiser_lowers_the_loss(maml, batch):
 
 
 def test_data_that_are_not_contiguous(maml, batch):
-    strided = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in batch]
+    strided = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in batch[:4]]
     assert not strided[0].is_contiguous()
     wanted = {name: g.clone() for name, g in gradients(maml, batch).items()}
     assert_close(gradients(maml, strided), wanted, 1e-12)
@@ -132,7 +132,7 @@ def test_data_that_are_not_contiguous(maml, batch):
 
 def test_autocast_changes_nothing(draw, batch):
     model = draw.mlp(SIZES).float()
-    batch = [t.float() for t in batch]
+    batch = [t.float() for t in batch[:4]]
     for backend in BACKENDS:
         maml = MAML(model, inner_lr=0.1, backend=backend)
         wanted = {name: g.clone() for name, g in gradients(maml, batch).items()}
@@ -164,7 +164,7 @@ def test_it_runs_inside_a_compiled_function(maml, batch):
 
 
 def test_a_loader_feeds_it(draw, batch):
-    data = torch.utils.data.TensorDataset(*batch)
+    data = torch.utils.data.TensorDataset(*batch[:4])
     loader = torch.utils.data.DataLoader(data, batch_size=2)
     maml = MAML(draw.mlp(SIZES), inner_lr=0.1)
     losses = [maml(*part).task_losses for part in loader]

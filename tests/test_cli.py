@@ -76,6 +76,8 @@ def test_every_option_reaches_the_configuration(output):
         "learn_inner_lr": True,
         "meta_lr": 0.003,
         "clip_gradient": 0.5,
+        "method": "maml",
+        "context_size": None,
         "hidden": [7, 6, 5],
         "activation": "tanh",
         "seed": 9,

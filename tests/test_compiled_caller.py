@@ -37,10 +37,10 @@ def case(backend, draw):
     batch = draw.batch("cross_entropy", 3, 4, 5, SIZES)
     if single:
         model = model.float()
-        batch = TaskBatch(*(t.float() if t.is_floating_point() else t for t in batch))
+        batch = TaskBatch(*(t.float() if t.is_floating_point() else t for t in batch[:4]))
     rate = nn.Parameter(torch.tensor(0.2))
     maml = MAML(model, "cross_entropy", rate, 2, backend=backend).to(on)
-    return maml, TaskBatch(*(t.to(on) for t in batch))
+    return maml, TaskBatch(*(t.to(on) for t in batch[:4]))
 
 
 @pytest.mark.parametrize("compiler", BACKENDS)
@@ -115,7 +115,7 @@ def test_the_operation_is_a_good_one(case):
     maml, batch = case
     torch.library.opcheck(
         torch.ops.maml_fast.meta_step.default,
-        (maml.inputs(), *batch, maml._number, maml.inner_steps, True),
+        (maml.inputs(), *batch[:4], maml._number, maml.inner_steps, True),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 

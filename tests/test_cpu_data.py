@@ -37,7 +37,7 @@ class TestData:
     def test_not_contiguous(self, change, model, batch):
         maml = MAML(model, inner_lr=0.1, inner_steps=2, backend="cpu")
         wanted = {name: g.clone() for name, g in gradients(maml, batch).items()}
-        other = TaskBatch(*map(change, batch))
+        other = TaskBatch(*map(change, batch[:4]))
         assert not other.support_x.is_contiguous()
         assert_close(gradients(maml, other), wanted, 1e-15)
 
@@ -45,7 +45,7 @@ class TestData:
         model, batch = draw.mlp((3, 5, 4)), draw.batch("cross_entropy", 5, 4, 6, (3, 4))
         maml = MAML(model, "cross_entropy", 0.1, backend="cpu")
         wanted = {name: g.clone() for name, g in gradients(maml, batch).items()}
-        other = TaskBatch(*(t.transpose(0, 1).contiguous().transpose(0, 1) for t in batch))
+        other = TaskBatch(*(t.transpose(0, 1).contiguous().transpose(0, 1) for t in batch[:4]))
         assert_close(gradients(maml, other), wanted, 1e-15)
 
     def test_parameters_that_are_not_contiguous(self, model, batch):
@@ -67,9 +67,9 @@ class TestData:
         """Tasks that share their rows: expanded tensors are read as they are, without copies."""
         sizes = (4096, 2)
         model = draw.mlp(sizes).float()
-        one = TaskBatch(*(t.float() for t in draw.batch("mse", 1, 16, 1, sizes)))
+        one = TaskBatch(*(t.float() for t in draw.batch("mse", 1, 16, 1, sizes)[:4]))
         tasks = 2**31 // one.support_x.numel() + 5
-        many = TaskBatch(*(t.expand(tasks, *t.shape[1:]) for t in one))
+        many = TaskBatch(*(t.expand(tasks, *t.shape[1:]) for t in one[:4]))
         assert many.support_x.numel() > 2**31
         maml = MAML(model, inner_lr=1e-3, first_order=True, backend="cpu")
         wanted = {name: g.clone() for name, g in gradients(maml, one).items()}
@@ -94,7 +94,7 @@ class TestData:
         """One task fewer or more than the lanes: each counts once."""
         lanes = cpu_features.engines()[engine[0]] // 8
         for tasks in (1, lanes - 1, lanes, lanes + 1):
-            part = TaskBatch(*(t[:tasks] for t in batch))
+            part = TaskBatch(*(t[:tasks] for t in batch[:4]))
             maml = MAML(model, inner_lr=0.1, reduction="sum", backend="cpu")
             wanted = by_graph(model, part, "mse", 0.1, 1)[1]
             wanted = {name: g * tasks for name, g in wanted.items()}

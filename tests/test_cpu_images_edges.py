@@ -96,7 +96,7 @@ def test_norms_of_numbers_far_from_zero():
             x += 300
         exact = by_graph(model, batch, "cross_entropy", 0.1, 2)[1]
         single = model.float()
-        rounded = TaskBatch(*(t.float() if t.is_floating_point() else t for t in batch))
+        rounded = TaskBatch(*(t.float() if t.is_floating_point() else t for t in batch[:4]))
         ours, torchs = (found_by(name, single, rounded) for name in ("cpu", "reference"))
         for name, tensor in exact.items():
             errors = [(found[name].double() - tensor).norm() for found in (ours, torchs)]

@@ -266,7 +266,7 @@ def test_a_feature_without_variance(layout):
 def test_float32(engine, form, kind):
     """At most twice autograd's error."""
     model, batch = drawn(network(kind, (5, 18, 9, 3)), "mse", 5, 6, 7, (5,))
-    batch = TaskBatch(*(tensor.float() for tensor in batch))
+    batch = TaskBatch(*(tensor.float() for tensor in batch[:4]))
     maml = by_cpu(model.float(), batch, engine, "mse", 0.05, fast_weights=form)
     report = check(maml, *batch)
     assert report.passed, str(report)
@@ -276,7 +276,7 @@ def test_float32(engine, form, kind):
 @pytest.mark.parametrize("own_threads", [False, True])
 def test_same_bits_on_any_number_of_threads(layout, kind, own_threads, threads):
     model, batch = drawn(network(kind, (4, 24, 9, 3), nn.ReLU), "mse", 150, 5, 6, (4,))
-    batch = TaskBatch(*(tensor.float() for tensor in batch))
+    batch = TaskBatch(*(tensor.float() for tensor in batch[:4]))
     maml = by_cpu(model.float(), batch, layout)
     found = []
     if own_threads:

@@ -138,7 +138,7 @@ def test_memory_grows_by_parameters_not_by_graphs(draw):
     fast = stepper.start()
     for step in range(steps):
         _, fast, trace = stepper.inner_step(fast, step)
-        kept = trace[0]
+        kept = trace.theta
         assert set(kept) == set(named)
         assert not any(tensor.requires_grad for tensor in kept.values())
         if step:

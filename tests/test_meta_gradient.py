@@ -110,7 +110,7 @@ def test_float32_error_is_autograds(p):
     """At most twice autograd's own error, or 1e-6, tensor by tensor: the rule of `check`."""
     model, batch = build({**p, "frozen": set()})
     model.float()
-    batch = [t.float() if t.is_floating_point() else t for t in batch]
+    batch = [t.float() if t.is_floating_point() else t for t in batch[:4]]
     options = dict(loss=p["loss"], inner_lr=0.1, inner_steps=p["inner_steps"])
     for backend, fast_weights in BACKENDS[1:]:
         maml = MAML(model, backend=backend, fast_weights=fast_weights, **options)
@@ -153,7 +153,7 @@ def test_sum_is_tasks_times_mean(backend, fast_weights, draw):
 def test_same_inputs_same_bits(draw):
     sizes = (3, 40, 40, 2)
     model, batch = draw.mlp(sizes).float(), draw.batch("mse", 50, 5, 5, sizes)
-    batch = [t.float() for t in batch]
+    batch = [t.float() for t in batch[:4]]
     maml = MAML(model, inner_steps=2, backend="torch", chunk_size=16)
     first = {name: g.clone() for name, g in gradients(maml, batch).items()}
     for name, g in gradients(maml, batch).items():

@@ -189,7 +189,7 @@ def test_other_reasons(draw):
     model = initialised(nn.Linear(IN, OUT))
     with pytest.raises(UnsupportedModelError, match="loss is a callable"):
         MAML(model, F.cross_entropy, backend="torch")(*batch)
-    half = [t.bfloat16() if t.is_floating_point() else t for t in batch]
+    half = [t.bfloat16() if t.is_floating_point() else t for t in batch[:4]]
     with pytest.raises(UnsupportedModelError, match="bfloat16; planned are float32 and float64"):
         MAML(model.bfloat16(), "cross_entropy", backend="torch")(*half)
 

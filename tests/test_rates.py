@@ -140,7 +140,7 @@ def test_a_rate_that_comes_from_other_tensors(model, batch):
 
 def test_float32_rate_gradients(draw):
     model, batch = draw.mlp(SIZES).float(), draw.batch("mse", 6, 5, 5, SIZES)
-    batch = [t.float() for t in batch]
+    batch = [t.float() for t in batch[:4]]
     for backend, fast_weights in BACKENDS[1:]:
         rate = nn.Parameter(torch.full((STEPS,), 0.1))
         maml = MAML(model, "mse", rate, STEPS, backend=backend, fast_weights=fast_weights)

@@ -32,7 +32,7 @@ def test_losses_and_steps(kernels, loss, steps, draw):
     sizes = (3, 17, 9, 4)
     model, batch = draw.mlp(sizes), draw.batch(loss, 4, 5, 7, sizes)
     maml = MAML(in_float32(model), loss, 0.2, steps, backend="triton", fast_weights=FORMS[kernels])
-    plan = maml.plan(*on_device(batch)[::2])
+    plan = maml.plan(*on_device(batch)[:4:2])
     assert plan.triton.kernels == kernels
     assert_exact(maml, model, batch, 0.2, steps)
 

@@ -121,7 +121,7 @@ def check(case, **options):
     loss, wanted = case.wanted()
     found_loss = outcome.task_losses.mean().cpu().double()
     torch.testing.assert_close(found_loss, loss, rtol=1e-5, atol=0)
-    own = drive(PlannedStepper(case.problem, case.own_batch, case.plan, True), case.steps, True)
+    own = drive(PlannedStepper(case.problem, case.own_batch, case.plan, True), case.problem, True)
     single = copy.copy(case)
     single.model, single.batch = (
         copy.deepcopy(case.model).float(),
@@ -227,7 +227,7 @@ def test_blocks(draw):
 
 def test_adapted_models(draw):
     case = case_of(draw, "norms first")
-    x, y, q, _ = case.own_batch
+    x, y, q, _ = case.own_batch[:4]
     adapted = adapt(case.stepper(gradient=False, batch=TaskBatch(x, y, x, y)), 2, x)
     maml = MAML(case.model, "cross_entropy", RATE, 2, backend="torch")
     wanted = maml.adapt(case.batch.support_x, case.batch.support_y)
@@ -283,7 +283,7 @@ def test_relu_and_a_rate_that_learns_through_maml(draw):
     rate = nn.Parameter(torch.full((1,), RATE, dtype=torch.float64))
     by_name = {name: rate for name, _ in model.named_parameters()}
     loss, wanted = by_graph(model, batch, "cross_entropy", by_name, 1)
-    single = TaskBatch(*(t.float() if t.is_floating_point() else t for t in batch))
+    single = TaskBatch(*(t.float() if t.is_floating_point() else t for t in batch[:4]))
     own_rate = nn.Parameter(rate.detach().float())
     maml = MAML(copy.deepcopy(model).float(), "cross_entropy", own_rate, backend="triton")
     out = maml(*single)

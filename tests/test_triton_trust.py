@@ -60,7 +60,7 @@ def test_data_of_any_strides(kernels, draw):
     options = dict(backend="triton", fast_weights=FORMS[kernels])
     maml = MAML(in_float32(model), "mse", 0.2, 1, **options)
     plain = {n: g.clone() for n, g in gradients(maml, on_device(batch)).items()}
-    turned = TaskBatch(*(t.mT.contiguous().mT for t in on_device(batch)))
+    turned = TaskBatch(*(t.mT.contiguous().mT for t in on_device(batch)[:4]))
     assert not turned.support_x.is_contiguous()
     found = gradients(maml, turned)
     assert all(torch.equal(g, plain[n]) for n, g in found.items())
@@ -116,7 +116,7 @@ class TestBadInput:
 
     def test_float64(self, maml, batch):
         maml.double()
-        batch = TaskBatch(*(t.double() if t.is_floating_point() else t for t in batch))
+        batch = TaskBatch(*(t.double() if t.is_floating_point() else t for t in batch[:4]))
         with pytest.raises(UnsupportedModelError, match=r"torch.float64.*take backend 'torch'"):
             maml(*batch)
 
@@ -128,12 +128,12 @@ class TestBadInput:
 def test_the_plan_says_what_would_run(draw):
     sizes = (3, 6, 2)
     batch = on_device(draw.batch("mse", 3, 4, 5, sizes))
-    text = str(MAML(in_float32(draw.mlp(sizes)), backend="triton").plan(*batch[::2]))
+    text = str(MAML(in_float32(draw.mlp(sizes)), backend="triton").plan(*batch[:4:2]))
     assert "fused kernels" in text
     assert "products in tf32x3" in text
     assert "estimated, not measured" in text
     wide = in_float32(draw.mlp((3, 130, 2)))
-    text = str(MAML(wide, backend="triton").plan(*batch[::2]))
+    text = str(MAML(wide, backend="triton").plan(*batch[:4:2]))
     assert "layers kernels (layer '0' is wider than 128)" in text
 
 

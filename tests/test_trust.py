@@ -202,11 +202,11 @@ def test_functions_that_take_the_place_of_freed_ones(draw):
 def test_in_place_layers_leave_the_data_alone(layer, backend, draw):
     model = ready(nn.Sequential(layer, nn.Linear(IN, 5), nn.Tanh(), nn.Linear(5, OUT)))
     batch = batch_of(draw)
-    before = [t.clone() for t in batch]
+    before = [t.clone() for t in batch[:4]]
     maml = MAML(model, inner_lr=0.1, backend=backend)
     found = gradients(maml, batch)
     maml.adapt(batch.support_x, batch.support_y)(batch.query_x)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(batch, before, strict=True))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(batch[:4], before, strict=True))
     plain = nn.Sequential(nn.LeakyReLU(0.1) if layer is model[0] else layer, *model[1:])
     plain[0] = nn.ReLU() if isinstance(layer, nn.ReLU) else nn.LeakyReLU(0.1)
     assert_close(found, by_graph(plain, batch, "mse", 0.1, 1)[1], 1e-10)
@@ -327,6 +327,6 @@ def test_a_parameter_may_have_any_name(draw):
 
 
 def test_a_rate_beyond_the_models_type(draw):
-    model, batch = draw.mlp((IN, OUT)).float(), [t.float() for t in batch_of(draw)]
+    model, batch = draw.mlp((IN, OUT)).float(), [t.float() for t in batch_of(draw)[:4]]
     with pytest.raises(ValueError, match="inner_lr.*1e\\+40.*dtype"):
         MAML(model, inner_lr=1e40)(*batch)

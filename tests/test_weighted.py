@@ -104,6 +104,7 @@ def follow(story, moves, constant):
         x, dy, t_dy = story.x[k], story.dy[k], story.t_dy[k]
         t_x = None if constant else story.t_x[k]
         stage.add_rate_gradients(k, saved[k], dy)
+        stage.turn(k)
         found = story.pull(k)
         for name in moves:
             rates[("weight", "bias").index(name), k] = -(found[name] * lam[name]).sum()

@@ -17,26 +17,30 @@ class ImageConv final : public ImageStage<T> {
     using ImageStage<T>::out;
 
    public:
-    // `first`: its input is the data, which no tangent and no cotangent concerns.
+    // `first`: its input is the data, which have no tangent, and a cotangent only where it is wanted.
     ImageConv(const Layer& layer, const Program& program, bool first, Workspace<T>& workspace)
-        : parameters(layer, program), conv(parameters.conv), first(first), workspace_(workspace) {}
+        : parameters(layer, program),
+          conv(parameters.conv),
+          first(first),
+          goes_on_(!first || program.inputs),
+          workspace_(workspace) {}
 
     ConvParameters<T> parameters;
     const ConvShape& conv;
     const bool first;
 
     Index border_in() const override { return conv.padding; }
-    Index border_out() const override { return first ? 0 : conv.border_out(); }
+    Index border_out() const override { return goes_on_ ? conv.border_out() : 0; }
 
     bool reads_bare() const override { return true; }
     bool works_in_place() const override { return true; }
-    bool keeps_cotangent() const override { return !first && parameters.layer.weight_adapts; }
+    bool keeps_cotangent() const override { return goes_on_ && parameters.layer.weight_adapts; }
     // A batch norm behind it takes the bias away: its gradient is 0.
     bool bias_is_lost = false;
 
     void allocate(Arena& arena, Index) override {
         parameters.allocate(arena);
-        if (!first) {
+        if (goes_on_) {
             const Index numbers = conv.taps() * conv.filters * padded<T>(conv.channels);
             turned_ = arena.template take<T>(numbers);
             turned_direction_ = arena.template take<T>(numbers);
@@ -77,7 +81,7 @@ class ImageConv final : public ImageStage<T> {
             if (!first) pairs[1] = {in->tangent[k], d};
             outer_all(pairs, first ? 1 : 2, parameters.weight.adjoint(), true);
         }
-        if (first) return;
+        if (!goes_on_) return;
         turn_weights(conv, parameters.weight.value(k), turned_);
         ConvTerm<T> terms[2] = {{turned_, t_d}, {}};
         if (parameters.weight.adapts()) {
@@ -88,8 +92,11 @@ class ImageConv final : public ImageStage<T> {
     }
 
    private:
+    // Whether cotangents of its input are wanted: of the data the query's, and the tangents of the steps'.
+    const bool goes_on_;
+
     void turn_back(Index k) {
-        if (first) return;
+        if (!goes_on_ || (first && k + 1 < static_cast<Index>(in->value.size()))) return;
         turn_weights(conv, parameters.weight.value(k), turned_);
         const ConvTerm<T> term{turned_, out->cotangent[k]};
         turned_all(&term, 1, in->cotangent[k]);

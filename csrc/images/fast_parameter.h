@@ -2,11 +2,12 @@
 // own order, whole vectors, 0 where no number of the parameter is.
 //
 //     theta_{k+1} = theta_k - eta_k g_k       lam = g_q, then lam = lam + H_k (-eta_k lam)      dloss/deta_k = -<g_k, lam>
+// of the plain rule; of others see inner_rule.h.
 #pragma once
 
 #include <vector>
 
-#include "lanes.h"
+#include "inner_rule.h"
 
 namespace maml_fast::MAML_FAST_ISA {
 
@@ -14,11 +15,12 @@ template <class T>
 class FastParameter {
    public:
     // `wanted`: there is such a parameter. `adapts`: it has rates; then memory for S steps.
-    void allocate(Arena& arena, Index numbers, bool wanted, bool adapts, Index steps, bool gradient, bool second_order,
-                  bool learns_rates) {
+    void allocate(Arena& arena, Index numbers, bool wanted, bool adapts, bool learns_rates, const Program& program) {
+        const bool gradient = program.gradient, second_order = gradient && !program.first_order;
         numbers_ = numbers;
         adapts_ = wanted && adapts;
-        S = steps;
+        S = program.steps;
+        plain_ = program.rule.plain();
         shared_ = arena.template take<T>(numbers);
         values_.assign(S + 1, {shared_});
         gradients_.assign(S + 1, {nullptr});
@@ -33,27 +35,36 @@ class FastParameter {
             gradients_[k] = own ? Numbers<T>{arena.template take<T>(numbers)} : gradients_[0];
         }
         if (gradient) gradients_[S] = {arena.template take<T>(numbers)};
-        if (gradient && second_order && S) direction_ = arena.template take<T>(numbers);
+        if (!plain_) rule_.allocate(arena, numbers, program.rule, gradient);
+        if (plain_ && second_order && S) direction_ = arena.template take<T>(numbers);
     }
 
     bool adapts() const { return adapts_; }
     Index numbers() const { return numbers_; }
     T* shared() const { return shared_; }
     const T* value(Index k) const { return adapts_ ? values_[k].p : shared_; }
-    // Of the support loss at step k, to be written by the layer's `backward`; at k = S the adjoint.
+    // Of the support loss at step k, to be written by the layer's `backward`, and u_k since `descend`; at k = S the adjoint.
     T* gradient(Index k) const { return gradients_[k].p; }
     T* adjoint() const { return gradients_[S].p; }
-    // -eta_k lam, since `aim`; null: 0
-    const T* direction() const { return direction_; }
+    // -eta_k lam, since `aim`, or -v, since `turn`; null: 0
+    const T* direction() const { return plain_ ? direction_ : rule_.direction(); }
 
     void descend(Index k, T rate) {
         if (!adapts_) return;
         const T *from = values_[k].p, *g = gradients_[k].p;
         T* to = values_[k + 1].p;
+        if (!plain_) {
+            if (to != from) std::memcpy(to, from, static_cast<std::size_t>(numbers_) * sizeof(T));
+            return rule_.descend(k, rate, gradients_[k].p, to);
+        }
         for (Index i = 0; i < numbers_; i += LANES<T>) store(to + i, load(from + i) - load(g + i) * rate);
     }
+    // Where the rule is not plain, before the tangents of a step.
+    void turn(Index k, T rate) {
+        if (adapts_) rule_.turn(k == S - 1, rate, adjoint());
+    }
     void aim(T rate) {
-        if (!adapts_) return;
+        if (!adapts_ || !plain_) return;
         for (Index i = 0; i < numbers_; i += LANES<T>) store(direction_ + i, load(adjoint() + i) * -rate);
     }
     double rate_gradient(Index k) const {
@@ -74,7 +85,8 @@ class FastParameter {
 
    private:
     Index numbers_ = 0, S = 0;
-    bool adapts_ = false;
+    bool adapts_ = false, plain_ = true;
+    RuleState<T> rule_;
     T *shared_ = nullptr, *direction_ = nullptr;
     std::vector<Numbers<T>> values_, gradients_;  // [S + 1]
 };

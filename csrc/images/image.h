@@ -32,6 +32,28 @@ struct Image {
     Index pixels() const { return rows * shape.positions(); }
 };
 
+// Calls visit(a line's first number, how many there are).
+template <class T, class Visit>
+void each_line(const Image<T>& image, Visit visit) {
+    for (Index r = 0; r < image.rows; ++r)
+        for (Index y = 0; y < image.shape.height; ++y)
+            visit(r * image.by_row + y * image.by_line, image.shape.width * image.by_pixel);
+}
+template <class T>
+void clear(const Image<T>& image) {
+    const auto clear_line = [&](Index at, Index count) {
+        std::memset(image.p + at, 0, static_cast<std::size_t>(count) * sizeof(T));
+    };
+    each_line(image, clear_line);
+}
+// to += from, an image of the same layout
+template <class T>
+void add_to(const Image<T>& to, const Image<T>& from) {
+    each_line(to, [&](Index at, Index count) {
+        for (Index i = at; i < at + count; i += LANES<T>) store(to.p + i, load(to.p + i) + load(from.p + i));
+    });
+}
+
 // Channels, counted in whole vectors.
 template <class T>
 constexpr Index padded(Index channels) {

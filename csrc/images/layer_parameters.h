@@ -19,11 +19,8 @@ class LayerParameters : public Adapting {
     bool adapts() const { return layer.weight_adapts || layer.bias_adapts; }
 
     void allocate(Arena& arena) {
-        const bool second = program_.gradient && !program_.first_order;
-        weight.allocate(arena, weight_numbers(), layer.has_weight, layer.weight_adapts, program_.steps, program_.gradient, second,
-                        layer.learns_rates);
-        bias.allocate(arena, bias_numbers(), layer.has_bias, layer.bias_adapts, program_.steps, program_.gradient, second,
-                      layer.learns_rates);
+        weight.allocate(arena, weight_numbers(), layer.has_weight, layer.weight_adapts, layer.learns_rates, program_);
+        bias.allocate(arena, bias_numbers(), layer.has_bias, layer.bias_adapts, layer.learns_rates, program_);
     }
     // The parameters that all tasks share, in the layer's own order.
     void turn_in() {
@@ -32,10 +29,15 @@ class LayerParameters : public Adapting {
         if (layer.has_bias)
             for (Index i = 0; i < bias_pieces(); ++i) turn_in(static_cast<const T*>(layer.bias), bias_piece(i), bias.shared());
     }
-    // Direction -eta_k lam of the tangents at step k.
+    // Direction -eta_k lam of the tangents at step k, of a plain rule.
     void aim(Index k) {
         weight.aim(rate(layer.weight_rates, k));
         bias.aim(rate(layer.bias_rates, k));
+    }
+    // The same where the rule is not plain, before step k is gone back through (inner_rule.h).
+    void turn(Index k) {
+        weight.turn(k, rate(layer.weight_rates, k));
+        bias.turn(k, rate(layer.bias_rates, k));
     }
     void descend(Index k) {
         weight.descend(k, rate(layer.weight_rates, k));

@@ -115,7 +115,7 @@ class ImageStages {
             const bool first = is_first(layer);
             push(new ImageNorm<T, Bend::none, false>(layer, program, x.shape, false, true, {}), layer.prelude || first, x, x.shape);
             if (layer.has_weight || layer.has_bias)
-                push(new ImageScaleShift<T>(layer, program, x.shape, first), layer.prelude, x, x.shape);
+                push(new ImageScaleShift<T>(layer, program, x.shape, first && !program.inputs), layer.prelude, x, x.shape);
             return 1;
         }
         if (layer.norm == NormKind::batch && i > 0 && layers[i - 1].prelude == layer.prelude)
@@ -123,7 +123,9 @@ class ImageStages {
         const Behind found = behind(layers, i);
         auto* stage = with_finish(found, [&](auto finish) -> ImageStage<T>* {
             using F = decltype(finish);
-            return new ImageNorm<T, F::BENDS, F::POOLS>(layer, program, x.shape, is_first(layer), false, finish);
+            // Where gradients by the data are wanted, the data have a tangent of zeros.
+            const bool first = is_first(layer) && !program.inputs;
+            return new ImageNorm<T, F::BENDS, F::POOLS>(layer, program, x.shape, first, false, finish);
         });
         push(stage, layer.prelude, x, found.pool ? halved(x.shape) : x.shape);
         return 1 + static_cast<std::size_t>(found.layers());
@@ -131,7 +133,8 @@ class ImageStages {
     // The first convolution that adapts, of the data, with the batch norm behind it; 0 if that is not what comes.
     std::size_t add_first_block(const std::vector<Layer>& layers, std::size_t i) {
         const Layer& layer = layers[i];
-        if (!is_first(layer) || layer.kind != Kind::conv || layer.in_features * layer.kernel * layer.kernel > MOST_PATCH) return 0;
+        if (!is_first(layer) || program.inputs || layer.kind != Kind::conv) return 0;
+        if (layer.in_features * layer.kernel * layer.kernel > MOST_PATCH) return 0;
         if (i + 1 >= layers.size() || layers[i + 1].kind != Kind::norm || layers[i + 1].norm != NormKind::batch) return 0;
         const ImageEdge<T> x = source(layer);
         const Behind found = behind(layers, i + 1);

@@ -37,7 +37,7 @@ class ImageTile {
         query(data, first);
         if (program_.exports)
             for (const auto& fast : chain_.fast) fast.layer->export_adapted(first);
-        if (program_.gradient) pull_back(sums);
+        if (program_.gradient) pull_back(data, first, sums);
     }
 
     const std::vector<Place>& places() const { return places_; }
@@ -51,24 +51,28 @@ class ImageTile {
     // ---- data
 
     void load(const TaskData& data, Index task) {
-        load_rows(data.support_x, chain_.data().value[0], task);
-        load_rows(data.query_x, chain_.data().value[1], task);
-        if (S) load_targets(data.support_y, chain_.passes[0], program_.rows, task);  // without steps the one pass is the query's
-        load_targets(data.query_y, chain_.passes[S], program_.query_rows, task);
+        load_rows(data.support_x, data.support_weight, chain_.data().value[0], task);
+        load_rows(data.query_x, data.query_weight, chain_.data().value[1], task);
+        // Without steps the one pass is the query's.
+        if (S) load_targets(data.support_y, data.support_weight, chain_.passes[0], program_.rows, task);
+        load_targets(data.query_y, data.query_weight, chain_.passes[S], program_.query_rows, task);
     }
-    static void load_rows(const RowData& from, const Image<T>& to, Index task) {
+    static void load_rows(const RowData& from, const RowData& weights, const Image<T>& to, Index task) {
         const Index area = to.shape.positions(), C = to.shape.channels;
         for (Index r = 0; r < to.rows; ++r) {
             const T* p = static_cast<const T*>(from.p) + task * from.by_task + r * from.by_row;
+            const bool counts = row_counts<T>(weights, task, r);
             for (Index y = 0; y < to.shape.height; ++y) {
                 T* line = to.at(r, y, 0);
                 for (Index x = 0; x < to.shape.width; ++x)
-                    for (Index c = 0; c < C; ++c) line[x * to.by_pixel + c] = p[c * area + y * to.shape.width + x];
+                    for (Index c = 0; c < C; ++c)
+                        line[x * to.by_pixel + c] = counts ? p[c * area + y * to.shape.width + x] : T(0);
             }
         }
     }
-    void load_targets(const RowData& from, const Pass& pass, Index rows, Index task) const {
-        for (Index i = 0; i < pass.weights.numbers(); ++i) pass.weights.p[i] = i < rows ? T(1) / static_cast<T>(rows) : T(0);
+    void load_targets(const RowData& from, const RowData& weights, const Pass& pass, Index rows, Index task) const {
+        const RowShares<T> shares(weights, task, rows);
+        for (Index i = 0; i < pass.weights.numbers(); ++i) pass.weights.p[i] = i < rows ? shares(i) : T(0);
         if (!from.p) return;
         // Lanes beyond the last row repeat it, and have weight 0.
         for (Index i = 0; i < pass.y.numbers(); ++i) {
@@ -78,6 +82,12 @@ class ImageTile {
                                                           ? static_cast<T>(static_cast<const std::int64_t*>(from.p)[at])
                                                           : static_cast<const T*>(from.p)[at + f];
         }
+    }
+    static void store_rows(const Image<T>& from, void* to, Index task) {
+        const Index count = from.rows * from.shape.numbers();
+        InTorchOrder<T> numbers(from);
+        T* start = static_cast<T*>(to) + task * count;
+        for (Index i = 0; i < count; ++i) start[i] = numbers.next();
     }
     // An image's rows in the lanes of a view, and back; the features are in torch's order.
     static void to_lanes(const Image<T>& image, const View<T>& view) {
@@ -102,7 +112,7 @@ class ImageTile {
     }
     T loss(Index k) const { return lane_sum<T>(chain_.loss->value(chain_.passes[k])); }
     void backward(Index k) {
-        if (chain_.stages.empty()) return;
+        if (chain_.stages.empty() && !program_.inputs) return;
         from_lanes(chain_.passes[k].d, output().cotangent[k]);
         for (Index i = chain_.last() - 1; i >= 0; --i) chain_.stages[i]->backward(k);
     }
@@ -118,27 +128,26 @@ class ImageTile {
     }
     void query(const TaskData& data, Index task) {
         forward(S);
-        const Image<T>& z = output().value[S];
-        const Index count = z.rows * z.shape.numbers();
-        InTorchOrder<T> numbers(z);
-        T* to = static_cast<T*>(data.query_outputs) + task * count;
-        for (Index i = 0; i < count; ++i) to[i] = numbers.next();
+        store_rows(output().value[S], data.query_outputs, task);
         if (data.query_y.p) static_cast<T*>(data.task_losses)[task] = loss(S);
     }
 
-    void pull_back(const Partial<T>& sums) {
-        if (chain_.fast.empty()) return;
+    void pull_back(const TaskData& data, Index task, const Partial<T>& sums) {
+        if (chain_.fast.empty() && !program_.inputs) return;
         backward(S);
+        if (program_.inputs) clear(by_data()[0]);
         for (Index k = S - 1; k >= 0; --k) {
             double* rates = sums.rates;
             for (const auto& fast : chain_.fast) {
                 if (fast.layer->layer.learns_rates) fast.layer->add_rate_gradients(k, rates, rates + S);
                 rates += 2 * S;
+                if (!program_.rule.plain()) fast.layer->turn(k);
             }
-            if (chain_.second_order()) hessian_product(k);
+            if (chain_.second_order() && !chain_.fast.empty()) hessian_product(k);
         }
         for (std::size_t i = 0; i < places_.size(); ++i)
             chain_.fast[i].layer->add_gradient(sums.numbers + places_[i].weight, sums.numbers + places_[i].bias);
+        if (program_.inputs) store_by_inputs(data, task);
     }
     // What step k has computed and others have overwritten.
     void replay(Index k) {
@@ -154,6 +163,19 @@ class ImageTile {
         chain_.loss->tangent(chain_.passes[k], chain_.t_z, chain_.t_d);
         from_lanes(chain_.t_d, output().t_cotangent[k]);
         for (Index i = chain_.last() - 1; i >= 0; --i) chain_.stages[i]->tangent_backward(k);
+        if (program_.inputs) add_to(by_data()[0], chain_.edges[0].t_cotangent[k]);
+    }
+
+    // ---- gradients by the data
+
+    // Of support and query, by what enters the stages.
+    const std::vector<Image<T>>& by_data() const { return chain_.prelude_edges.back().cotangent; }
+    void store_by_inputs(const TaskData& data, Index task) {
+        for (auto stage = chain_.prelude.rbegin(); stage != chain_.prelude.rend(); ++stage)
+            for (Index pass : {0, 1}) (*stage)->backward(pass);
+        const std::vector<Image<T>>& by_x = chain_.prelude_edges.front().cotangent;
+        store_rows(by_x[0], data.by_support_x, task);
+        store_rows(by_x[1], data.by_query_x, task);
     }
 
     ImageChain<T> chain_;

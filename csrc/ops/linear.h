@@ -99,7 +99,7 @@ typename Dots<T>::Pair pair(const Run<T>& run) {
     return {run.l.p, run.r.p, run.l.by_feature, run.r.by_feature, run.l.columns};
 }
 
-// The sum over a tile of the weights that runs stand for. Its numbers are laid out as they come: see sum_place.
+// The sum over a tile of the weights that runs of one alpha stand for. Its numbers are laid out as they come: see sum_place.
 template <class T>
 constexpr Index sum_length(Index rows, Index features) {
     return turns_rows<T>(features) ? rows * padded_features<T>(features) : dot_length(rows, features);
@@ -116,11 +116,12 @@ void add_runs_up(const Run<T>& first, const Run<T>& second, T* c, const Workspac
         d.first = pair(first);
         d.second = pair(second);
         d.c = c;
+        d.alpha = first.alpha;
         d.add = true;
         return dots<T>(first.l.features, features, d);
     }
     for (const Run<T>* run : {&first, &second})
-        if (run->l.columns) turned_sums<T>(run->l, run->r, c, padded_features<T>(features), 1, true, workspace);
+        if (run->l.columns) turned_sums<T>(run->l, run->r, c, padded_features<T>(features), run->alpha, true, workspace);
 }
 
 // ---- one task's own weights: c[o][i] = alpha * sum over its rows of d[o] a[i] + base, a unit each
@@ -190,8 +191,10 @@ class LinearStage : public GatedStage<T> {
     Operand<T> shared_weight() const { return {static_cast<const T*>(layer.weight), I, 1, false}; }
     Operand<T> shared_transposed() const { return {static_cast<const T*>(layer.weight), 1, I, false}; }
 
-    static void multiply(Operand<T> left, const View<T>& x, const View<T>& z, Base<T> base, Gate<T> gate) {
+    // z = gate(alpha left x + base)
+    static void multiply(Operand<T> left, const View<T>& x, const View<T>& z, Base<T> base, Gate<T> gate, T alpha = 1) {
         Product<T> p = into(z, base, gate);
+        p.alpha = alpha;
         p.first = times<T>(left, x);
         product<T>(z.features, x.columns, p);
     }

@@ -1,8 +1,8 @@
-// The losses of a task's rows: their mean, its gradient by the predictions, and that gradient's tangent.
+// The losses of a task's rows: their mean, which may be weighted, its gradient by the predictions, and that gradient's tangent.
 //
 // z [C][columns] predictions, y targets of the same shape, or for cross entropy one row of class numbers. `weights` [columns]
-// holds 1/N for every row, and 0 in lanes that no row fills, so that nothing comes from those. `state` [C][columns] is what
-// the tangent needs of the pass.
+// holds what every row counts, 1/N where all do alike, and 0 in lanes that no row fills, so that nothing comes from those.
+// `state` [C][columns] is what the tangent needs of the pass.
 #pragma once
 
 #include <limits>
@@ -17,6 +17,32 @@ template <class T>
 struct LossPass {
     View<T> z, y, state, weights;
     View<T> d;  // dL/dz; no pointer: not wanted
+};
+
+// Whether a row counts at all; the data of one that does not are taken for 0, whatever they are.
+template <class T>
+bool row_counts(const RowData& weights, Index task, Index row) {
+    return !weights.p || static_cast<const T*>(weights.p)[task * weights.by_task + row * weights.by_row] != T(0);
+}
+
+// What each row of a task counts in its loss: alike, or by given weights. They add up to 1.
+template <class T>
+class RowShares {
+   public:
+    RowShares(const RowData& weights, Index task, Index rows) : by_row_(weights.by_row), alike_(T(1) / static_cast<T>(rows)) {
+        if (!weights.p) return;
+        own_ = static_cast<const T*>(weights.p) + task * weights.by_task;
+        for (Index r = 0; r < rows; ++r) total_ += static_cast<double>(own_[r * by_row_]);
+    }
+    T operator()(Index row) const {
+        return own_ ? static_cast<T>(static_cast<double>(own_[row * by_row_]) / total_) : alike_;
+    }
+
+   private:
+    const T* own_ = nullptr;
+    Index by_row_;
+    T alike_;
+    double total_ = 0;
 };
 
 // A loss of single numbers, meaned over C too. `at` gives the loss, its derivative and the second one.

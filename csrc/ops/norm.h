@@ -57,7 +57,7 @@ class NormStage : public GatedStage<T> {
     Index columns(Index k) const { return k == query_ ? this->in->query_columns : this->in->columns; }
     Index rows(Index k) const { return k == query_ ? query_rows_ : rows_; }
 
-    // gamma, beta, or the direction of their tangents, -eta_k Lam: a unit for each feature. To be copied out of the stage
+    // gamma, beta, or the direction of their tangents, as -eta_k Lam: a unit for each feature. To be copied out of the stage
     // before a loop: for all that the compiler knows, a store of a vector might change what a stage points to.
     class Coefficients {
        public:
@@ -115,7 +115,7 @@ class NormStage : public GatedStage<T> {
     }
     static Coefficients direction(const Vector& v, bool moves, const std::vector<double>& rates, Index k) {
         if (!moves || rates.empty()) return Coefficients(0);
-        return Coefficients(v.adjoint(), nullptr, static_cast<T>(-rates[k]));
+        return Coefficients(v.along(), nullptr, v.scale(static_cast<T>(rates[k])));
     }
 
     const Index rows_, query_rows_;

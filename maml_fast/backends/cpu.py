@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maml_fast.backends.addresses import address, in_memory
 from maml_fast.cpu_plan import prepare
-from maml_fast.layers import Variant
+from maml_fast.layers import Layers, Variant
 from maml_fast.ops import Weighted
 from maml_fast.plan import Plan
 from maml_fast.problem import FlatGradients, Outcome, Problem, TaskBatch
@@ -31,10 +31,17 @@ class AdaptedByCpu:
     """Adapted models of all tasks. The inner steps are run again for each query: no task's weights
     are kept."""
 
-    def __init__(self, plan: Plan, problem: Problem, support_x: Tensor, support_y: Tensor) -> None:
+    def __init__(self, plan: Plan, problem: Problem, batch: TaskBatch) -> None:
         self._plan, self._problem = plan, problem
-        self._support_x, self._support_y = support_x, support_y.clone()
-        self.support_losses = self._run(support_x[:, :1]).support_losses
+        weight = batch.support_weight
+        self._support = TaskBatch(
+            batch.support_x,
+            batch.support_y.clone(),
+            batch.support_x,
+            None,  # type: ignore[arg-type]
+            None if weight is None else weight.clone(),
+        )
+        self.support_losses = self._run(batch.support_x[:, :1]).support_losses
 
     def predict(self, query_x: Tensor) -> Tensor:
         """[T, M, ...] -> [T, M, ...]"""
@@ -42,7 +49,7 @@ class AdaptedByCpu:
 
     def parameters(self) -> dict[str, Tensor]:
         """{name: [T, *shape]}"""
-        query_x, tasks = self._support_x[:, :1], len(self._support_x)
+        query_x, tasks = self._support.support_x[:, :1], self._support.tasks
         found = {
             name: tensor.expand(tasks, *tensor.shape)
             for name, tensor in self._problem.parameters.items()
@@ -57,7 +64,7 @@ class AdaptedByCpu:
         return found | adapted
 
     def _run(self, query_x: Tensor, adapted: dict[str, Tensor] | None = None) -> Outcome:
-        batch = TaskBatch(self._support_x, self._support_y, query_x, None)  # type: ignore[arg-type]
+        batch = self._support._replace(query_x=query_x)
         program = _program(self._plan, self._problem, batch, False, adapted is not None)
         return program.run(self._problem, batch, adapted or {})
 
@@ -82,7 +89,7 @@ class Program:
         self.output, self.dtype = plan.output[1:], plan.shapes.dtype
         ops = [layer.link.op for layer in plan.layers if isinstance(layer.link.op, Weighted)]
         assert plan.cpu is not None
-        self.prepared = prepare(plan.layers, plan.cpu, variant, plan.shapes)
+        self.prepared = prepare(Layers(plan.body, plan.layers), plan.cpu, variant, plan.shapes)
         used = {name for op in ops for name in op.parameters}
         self.unused = [name for name in variant.adapting if name not in used]
         self.like = [problem.parameters[name].detach() for name in variant.adapting]
@@ -116,7 +123,11 @@ class Program:
         rate_gradients: list[Tensor | None] = []
         flat_start = 0 if flat is None else flat.data_ptr()
         addresses = [number for tensor in batch for number in _rows(tensor, alive)]
+        by_input: tuple[Tensor, Tensor] | None = None
+        if variant.inputs:
+            by_input = x.new_empty(batch.support_x.shape), x.new_empty(x.shape)
         addresses += (losses.data_ptr(), support_losses.data_ptr(), outputs.data_ptr())
+        addresses += (0, 0) if by_input is None else (rows.data_ptr() for rows in by_input)
         rates = []
         parameters, values = problem.parameters, problem.rates.values
         for weight, bias, weight_start, bias_start in self.layers:
@@ -141,6 +152,7 @@ class Program:
             for name in self.unused:
                 outcome.gradients[name].zero_()
             outcome.rate_gradients = self._by_name(rate_gradients, x)
+            outcome.input_gradients = by_input
         return outcome
 
     def _by_name(self, rate_gradients: Sequence[Tensor | None], like: Tensor) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ class Graphs:
     def _captured_for(
         self, key: object, batch: TaskBatch, launch: Launch, reads: Callable[[], object]
     ) -> Captured | None:
-        key = key, tuple((t.shape, t.dtype, t.device) for t in batch)
+        key = key, tuple((t.shape, t.dtype, t.device) for t in batch.tensors)
         captured = self._captured.pop(key, None)
         if captured is None:
             made_room = self._seen.pop(key, None)
@@ -107,7 +107,7 @@ class Captured:
 
     def __init__(self, batch: TaskBatch, launch: Launch) -> None:
         pool, self.free = _shared(torch.cuda.current_device())
-        self.batch = TaskBatch(*(t.clone(memory_format=torch.contiguous_format) for t in batch))
+        self.batch = batch.map(lambda t: t.clone(memory_format=torch.contiguous_format))
         self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -122,7 +122,7 @@ class Captured:
 
     def replay(self, batch: TaskBatch) -> list[Tensor]:
         torch.cuda.current_stream().wait_event(self.free)  # this call's stream may be another
-        torch._foreach_copy_(list(self.batch), list(batch))
+        torch._foreach_copy_(self.batch.tensors, batch.tensors)
         self.graph.replay()
         results = [tensor.clone() for tensor in self.results]
         self.free.record()

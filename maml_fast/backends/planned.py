@@ -12,20 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maml_fast.backends.specs import spec_of
 from maml_fast.fast_weights import (
     FactoredInput,
     FactoredLinear,
     FastLayer,
-    LayerSpec,
     LinearSpec,
+    StillLayer,
     dense_stage,
     shared_stage,
 )
 from maml_fast.layers import LayerPlan
-from maml_fast.losses import LOSSES
-from maml_fast.ops import Linear, Operation, Stage, Weighted
+from maml_fast.losses import LOSSES, WeightedRows
+from maml_fast.ops import Operation, Stage
 from maml_fast.plan import Plan
-from maml_fast.problem import Problem, TaskBatch
+from maml_fast.problem import Outcome, Problem, TaskBatch
 
 
 @dataclass
@@ -43,7 +44,11 @@ class PlannedStepper:
     def __init__(self, problem: Problem, batch: TaskBatch, plan: Plan, gradient: bool) -> None:
         assert isinstance(problem.loss, str)  # the plan refuses others
         self.problem, self.batch, self.gradient = problem, batch, gradient
-        self.loss = LOSSES[problem.loss]
+        rules = LOSSES[problem.loss]
+        self.losses = (
+            WeightedRows(rules, batch.support_weight),
+            WeightedRows(rules, batch.query_weight),
+        )
         prelude = [frozen_stage(layer, problem) for layer in plan.layers if layer.prelude]
         self.prelude = prelude
         self.support_x = through(prelude, batch.support_x)
@@ -51,6 +56,8 @@ class PlannedStepper:
         self.layers = [layer for layer in plan.layers if not layer.prelude]
         self.stages = [self._stage(layer, i) for i, layer in enumerate(self.layers)]
         self.fast = {i: s for i, s in enumerate(self.stages) if isinstance(s, FastLayer)}
+        # Gradients by the rows that enter the stages, where they are wanted: of support and query
+        self.by_input: list[Tensor | None] = [None, None]
 
     def _stage(self, layer: LayerPlan, position: int) -> Stage:
         op = layer.link.op
@@ -59,14 +66,17 @@ class PlannedStepper:
         problem, batch = self.problem, self.batch
         if layer.form == "shared":
             return frozen_stage(layer, problem)
-        spec = _spec(op, problem, batch.tasks)
+        spec = spec_of(op, problem, batch.tasks)
+        if layer.form == "still":
+            return StillLayer(spec, shared_stage(spec))
         second_order = self.gradient and not problem.first_order
         if layer.form == "dense" or not isinstance(spec, LinearSpec):
             return dense_stage(spec)
-        if position == 0:
+        queries = sum(problem.query_weight_at(step) != 0 for step in range(problem.inner_steps)) + 1
+        if position == 0 and not problem.wants_inputs:
             return FactoredInput(spec, self.support_x, self.query_x, second_order)
         rows, query_rows = (x.shape[1] * layer.positions for x in (batch.support_x, batch.query_x))
-        return FactoredLinear(spec, rows, query_rows, second_order)
+        return FactoredLinear(spec, rows, query_rows, second_order, queries)
 
     def start(self) -> int:
         return 0
@@ -86,22 +96,35 @@ class PlannedStepper:
             found.append(dy)
         return found[::-1]
 
+    def _add_input(self, which: int, gradient: Tensor) -> None:
+        before = self.by_input[which]
+        self.by_input[which] = gradient if before is None else before + gradient
+
     def inner_step(self, fast: int, step: int) -> tuple[Tensor, int, Trace]:
         z, saved = self._values(step, self.support_x)
-        losses, state = self.loss.value(z, self.batch.support_y)
-        cotangents = self._cotangents(step, saved, self.loss.cotangent(state, self.batch.support_y))
+        loss, y = self.losses[0], self.batch.support_y
+        losses, state = loss.value(z, y)
+        cotangents = self._cotangents(step, saved, loss.cotangent(state, y))
         for i, layer in self.fast.items():
             layer.descend(step, saved[i], cotangents[i])
         return losses, step + 1, Trace(saved, cotangents, state)
 
-    def query(self, fast: int, gradient: bool) -> tuple[Tensor, Tensor, None]:
+    def query(
+        self, fast: int, weight: float, gradient: bool, adjoint: None
+    ) -> tuple[Tensor, Tensor, None]:
         z, saved = self._values(fast, self.query_x)
-        losses, state = self.loss.value(z, self.batch.query_y)
+        loss, y = self.losses[1], self.batch.query_y
+        losses, state = loss.value(z, y)
         if gradient:
-            dz = self.loss.cotangent(state, self.batch.query_y)
-            cotangents = self._cotangents(fast, saved, dz)
+            dz = loss.cotangent(state, y)
+            cotangents = self._cotangents(fast, saved, dz if weight == 1 else dz * weight)
             for i, layer in self.fast.items():
-                layer.begin_adjoint(saved[i], cotangents[i])
+                layer.add_query(fast, saved[i], cotangents[i])
+            if self.problem.wants_inputs:
+                dx = cotangents[0]
+                if self.stages:
+                    dx = self.stages[0].backward(fast, saved[0], dx)
+                self._add_input(1, dx)
         return losses, z, None
 
     def pull_back(self, adjoint: None, trace: Trace, step: int) -> None:
@@ -109,23 +132,31 @@ class PlannedStepper:
         for i, layer in self.fast.items():
             if layer.spec.learns_rates:
                 layer.add_rate_gradients(step, saved[i], cotangents[i])
+            layer.turn(step)
         if self.problem.first_order or not self.fast:
             return
         tangents: list[Tensor | None] = [None]  # of each stage's input, and of the output
         for stage, kept, dy in zip(self.stages, saved, cotangents, strict=True):
             tangents.append(stage.tangent(step, kept, dy, tangents[-1]))
         t_z = tangents[-1]
-        assert t_z is not None  # the first stage adapts
-        t_dy = self.loss.tangent(trace.loss_state, t_z)
+        if t_z is None:  # nothing moved
+            return
+        t_dy = self.losses[0].tangent(trace.loss_state, t_z)
         for i in range(len(self.stages) - 1, -1, -1):
             stage, kept, dy, t_x = self.stages[i], saved[i], cotangents[i], tangents[i]
-            t_dx = stage.tangent_backward(step, kept, dy, t_x, t_dy) if i else None
+            goes_on = i > 0 or self.problem.wants_inputs
+            t_dx = stage.tangent_backward(step, kept, dy, t_x, t_dy) if goes_on else None
             if i in self.fast:
                 self.fast[i].pull_back(step, kept, dy, t_x, t_dy)
             if t_dx is not None:
                 t_dy = t_dx
+        if self.problem.wants_inputs:
+            self._add_input(0, -t_dy)
 
-    def gradients(self, adjoint: None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def solve(self, fast: int, adjoint: None) -> tuple[None, Tensor]:
+        raise AssertionError("the plan sends the implicit meta-gradient elsewhere")
+
+    def finish(self, adjoint: None, outcome: Outcome) -> None:
         found, rates = {}, {}
         for stage in self.fast.values():
             spec = stage.spec
@@ -140,18 +171,30 @@ class PlannedStepper:
         problem = self.problem
         zeros = {
             name: torch.zeros_like(problem.parameters[name])
-            for name in problem.adapting
+            for name in problem.learned
             if name not in found  # parameters that the chain does not use
         }
-        learning = problem.rates.learning
-        steps = problem.inner_steps
-        return (
-            {name: found.get(name, zeros.get(name)) for name in problem.adapting},  # type: ignore[misc]
-            {
-                name: rates[name] if name in rates else self.support_x.new_zeros(steps)
-                for name in learning
-            },
-        )
+        outcome.gradients = {
+            name: found[name] if name in found else zeros[name] for name in problem.learned
+        }
+        outcome.rate_gradients = {
+            name: rates[name] if name in rates else self._no_rates(name)
+            for name in problem.rates.learning
+        }
+        if problem.wants_inputs:
+            of_support, of_query = self.by_input
+            assert of_query is not None
+            if of_support is None:
+                of_support = torch.zeros_like(self.support_x)
+            # What runs once keeps the rows' numbers in order: all else is below, in the body.
+            outcome.input_gradients = (
+                of_support.reshape(self.batch.support_x.shape),
+                of_query.reshape(self.batch.query_x.shape),
+            )
+
+    def _no_rates(self, name: str) -> Tensor:
+        rates = self.problem.rates.values[name]
+        return self.support_x.new_zeros(rates.shape if isinstance(rates, Tensor) else len(rates))
 
     def adapted(self, fast: int, support_losses: Tensor) -> AdaptedByPlan:
         return AdaptedByPlan(self, fast, support_losses)
@@ -182,24 +225,12 @@ class AdaptedByPlan:
         return found
 
 
-def _spec(op: Weighted, problem: Problem, tasks: int) -> LayerSpec:
-    parameters, rates = problem.parameters, problem.rates
-    weight, bias = (None if name is None else parameters[name] for name in (op.weight, op.bias))
-    weight_rates, bias_rates = (rates.values.get(name or "") for name in (op.weight, op.bias))
-    learns = not rates.learning.isdisjoint(op.parameters)
-    rest = weight_rates, bias_rates, learns, tasks, problem.inner_steps
-    if isinstance(op, Linear):
-        assert weight is not None
-        return LinearSpec(op, weight, bias, *rest)
-    return LayerSpec(op, weight, bias, *rest)
-
-
 def frozen_stage(layer: LayerPlan, problem: Problem) -> Stage:
     """A layer that does not adapt."""
     op = layer.link.op
     if isinstance(op, Operation):
         return op
-    return shared_stage(_spec(op, problem, 1))
+    return shared_stage(spec_of(op, problem, 1))
 
 
 def through(stages: list[Stage], x: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class LayersStep(PreparedStep):
         stepper = _layers().LayerStepper(
             problem, batch, self.plan, gradient, self.triton.precision, self._rates[1], engine
         )
-        return stepping.drive(stepper, problem.inner_steps, gradient)
+        return stepping.drive(stepper, problem, gradient)
 
     def _parts(self, outcome: Outcome) -> list[Tensor]:
         """All its numbers, as `Results` has them."""

@@ -114,9 +114,9 @@ class ConvLayer(DenseLayer):
         if lam is not None:
             lam_x = torch.empty_like(dy)
             conv.convolve("forward", saved.geometry, lam_x, self.precision, saved.x, lam)
-            self.rate_gradients[0, step] -= (lam_x * dy).sum(dtype=torch.float64)
+            self.rate_gradients[0][step] -= (lam_x * dy).sum(dtype=torch.float64)
         if lam_b is not None:
-            self.rate_gradients[1, step] -= (lam_b.unsqueeze(1) * dy).sum(dtype=torch.float64)
+            self.rate_gradients[1][step] -= (lam_b.unsqueeze(1) * dy).sum(dtype=torch.float64)
 
     def gradient_sums(self) -> Pair:
         lam, lam_b = self.lam

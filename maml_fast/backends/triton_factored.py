@@ -53,8 +53,8 @@ class Factors(FastLayer, Form):
         lam_x = torch.empty_like(dy)
         attend("forward", self.lam_terms(step, x), (), lam_x, self.use.precision)
         lam_b = self.lam_bias(step).unsqueeze(1)
-        self.rate_gradients[0, step] -= (lam_x * dy).sum(dtype=torch.float64)
-        self.rate_gradients[1, step] -= (lam_b * dy).sum(dtype=torch.float64)
+        self.rate_gradients[0][step] -= (lam_x * dy).sum(dtype=torch.float64)
+        self.rate_gradients[1][step] -= (lam_b * dy).sum(dtype=torch.float64)
 
     def weights(self, step: int) -> tuple[Tensor, Tensor | None]:
         spec = self.spec

@@ -88,7 +88,7 @@ class FusedStep(PreparedStep):
             with plain(batch.support_x.device):
                 support_x, query_x = (through(prelude, x) for x in (batch.support_x, batch.query_x))
             rows = TaskBatch(support_x, batch.support_y, query_x, batch.query_y)
-        return TaskBatch(*(without_gaps(tensor, []) for tensor in rows))
+        return rows.map(lambda tensor: without_gaps(tensor, []))
 
     def _launch(self, batch: TaskBatch, tiles: Any) -> Results:
         variant, network, triton = self.variant, self.network, self.triton

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from maml_fast.backends.planned import PlannedStepper, _spec, frozen_stage, through
+from maml_fast.backends.planned import PlannedStepper, frozen_stage, through
+from maml_fast.backends.specs import spec_of
 from maml_fast.backends.triton_chain import Chain
 from maml_fast.backends.triton_conv import FrozenConv
 from maml_fast.backends.triton_factored import FactoredForm, InputForm
@@ -34,7 +35,7 @@ from maml_fast.backends.triton_rearrange import ChannelsLast
 from maml_fast.fast_weights import LayerSpec, LinearSpec
 from maml_fast.kernels.attend import Terms
 from maml_fast.layers import LayerPlan
-from maml_fast.losses import LOSSES
+from maml_fast.losses import LOSSES, WeightedRows
 from maml_fast.ops import Conv2d, Linear, Stage, Weighted
 from maml_fast.plan import Plan
 from maml_fast.problem import Problem, TaskBatch
@@ -68,7 +69,11 @@ class LayerStepper(PlannedStepper):
     ) -> None:
         assert isinstance(problem.loss, str)  # the plan refuses others
         self.problem, self.batch, self.gradient = problem, batch, gradient
-        self.loss, self.precision = LOSSES[problem.loss], precision
+        rules, self.precision = LOSSES[problem.loss], precision
+        self.losses = (
+            WeightedRows(rules, batch.support_weight),
+            WeightedRows(rules, batch.query_weight),
+        )
         self.second_order = gradient and not problem.first_order
         self.output = plan.output[1:]
         self.prelude = [self._frozen(layer) for layer in plan.layers if layer.prelude]
@@ -97,7 +102,7 @@ class LayerStepper(PlannedStepper):
         return frozen_stage(layer, self.problem)
 
     def _spec(self, op: Weighted) -> LayerSpec:
-        return _spec(op, self.problem, self.batch.tasks)
+        return spec_of(op, self.problem, self.batch.tasks)
 
     def _form(self, layer: LayerPlan, is_first: bool) -> Form:
         op = layer.link.op
@@ -147,19 +152,22 @@ class LayerStepper(PlannedStepper):
 
     def inner_step(self, fast: int, step: int) -> tuple[Tensor, int, Any]:
         z, saved = self._values(step, self.support_x, SUPPORT)
-        losses, state = self.loss.value(z, self.batch.support_y)
+        losses, state = self.losses[0].value(z, self.batch.support_y)
         if self.blocks:
-            dz = self.loss.cotangent(state, self.batch.support_y)
+            dz = self.losses[0].cotangent(state, self.batch.support_y)
             self._cotangents_into(saved, step, dz, SUPPORT)
         for i in self.fast:
             self.blocks[i].descend(step, saved[i])
         return losses, step + 1, Trace(saved, state)
 
-    def query(self, fast: int, gradient: bool) -> tuple[Tensor, Tensor, None]:
+    def query(
+        self, fast: int, weight: float, gradient: bool, adjoint: None
+    ) -> tuple[Tensor, Tensor, None]:
         z, saved = self._values(fast, self.query_x, QUERY if gradient else NOWHERE)
-        losses, state = self.loss.value(z, self.batch.query_y)
+        losses, state = self.losses[1].value(z, self.batch.query_y)
+        assert weight == 1  # the plan refuses others
         if gradient and self.blocks:
-            dz = self.loss.cotangent(state, self.batch.query_y)
+            dz = self.losses[1].cotangent(state, self.batch.query_y)
             self._cotangents_into(saved, fast, dz, QUERY)
             for i in self.fast:
                 self.blocks[i].begin_adjoint(saved[i])
@@ -179,7 +187,7 @@ class LayerStepper(PlannedStepper):
             to = self.blocks[i + 1].t_input_place(step) if i + 1 < len(saved) else None
             t_y = block.tangent(step, own, t_x, to)
         assert t_y is not None
-        t_dy = self.loss.tangent(trace.loss_state, t_y.view(tasks, -1, *self.output))
+        t_dy = self.losses[0].tangent(trace.loss_state, t_y.view(tasks, -1, *self.output))
         terms: Terms | None = Terms(self._as_rows(t_dy))
         for i in range(len(self.blocks) - 1, -1, -1):
             assert terms is not None

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from maml_fast.backends.triton_blocks import Block, placed, summed
@@ -95,8 +96,8 @@ class NormLayer(DenseLayer):
         """saved: [2, T, C], the gradients of beta and gamma"""
         for i, lam in enumerate(self.lam):
             if lam is not None:
-                found = (saved[1 - i] * lam).sum(dtype=self.rate_gradients.dtype)
-                self.rate_gradients[i, step] -= found
+                found = (saved[1 - i] * lam).sum(dtype=torch.float64)
+                self.rate_gradients[i][step] -= found
 
     def gradient_sums(self) -> Pair:
         lam, lam_b = (None if lam is None else lam.sum(0) for lam in self.lam)

@@ -7,12 +7,13 @@ and beta of a normalisation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from maml_fast.inner import SGD
 from maml_fast.ops.base import Stage, Weighted
 
 Pair = tuple[Tensor | None, Tensor | None]  # of weight and bias; None of none, or of what stays
@@ -25,11 +26,18 @@ class LayerSpec:
     op: Weighted
     weight: Tensor | None
     bias: Tensor | None
-    weight_rates: Sequence[float] | None  # [S]
-    bias_rates: Sequence[float] | None  # [S]
+    weight_rates: Sequence[float] | Tensor | None  # [S], or [S, *shape]
+    bias_rates: Sequence[float] | Tensor | None
     learns_rates: bool  # whether gradients of the rates are wanted
     tasks: int
     inner_steps: int
+    rule: SGD = field(default_factory=SGD)  # without clipping
+
+    @property
+    def plain(self) -> bool:
+        """Whether a step is theta - eta g, with a number eta."""
+        rates = self.weight_rates, self.bias_rates
+        return self.rule.plain and not any(isinstance(r, Tensor) for r in rates)
 
     @property
     def like(self) -> Tensor:
@@ -46,16 +54,37 @@ class LinearSpec(LayerSpec):
     weight: Tensor
 
 
+class Still(Stage):
+    """A layer whose parameters stay, the same for every task, and may get a gradient."""
+
+    def gradients(self, saved: Any, dy: Tensor) -> Pair:
+        """By weight and bias, of their shapes, summed over tasks; None of none."""
+        raise NotImplementedError
+
+    def t_gradients(self, saved: Any, dy: Tensor, t_x: Tensor | None, t_dy: Tensor) -> Pair:
+        """The tangents of `gradients`."""
+        raise NotImplementedError
+
+
 class FastLayer(Stage):
     """A layer that adapts: the four rules, and the life of its weights and of their adjoint."""
 
     def __init__(self, spec: LayerSpec) -> None:
         self.spec = spec
         zeros = (0.0,) * spec.inner_steps
-        self.weight_rates = spec.weight_rates if spec.weight_rates is not None else zeros
-        self.bias_rates = spec.bias_rates if spec.bias_rates is not None else zeros
+        # [S] numbers, or [S, *shape] of a rule that is not plain
+        self.weight_rates: Any = spec.weight_rates if spec.weight_rates is not None else zeros
+        self.bias_rates: Any = spec.bias_rates if spec.bias_rates is not None else zeros
         # Of weight and bias; these inner products cancel, so they are summed in float64.
-        self.rate_gradients = spec.like.new_zeros(2, spec.inner_steps, dtype=torch.float64)
+        self.rate_gradients = [self._no_rate_gradient(r) for r in self._both_rates()]
+
+    def _both_rates(self) -> tuple[Any, Any]:
+        return self.weight_rates, self.bias_rates
+
+    def _no_rate_gradient(self, rates: Sequence[float] | Tensor) -> Tensor:
+        """[S], or [S, *shape]"""
+        shape = rates.shape if isinstance(rates, Tensor) else (self.spec.inner_steps,)
+        return self.spec.like.new_zeros(shape, dtype=torch.float64)
 
     # What `forward` saved comes with the cotangent of the output: of a linear layer, its input x.
 
@@ -63,14 +92,22 @@ class FastLayer(Stage):
         """Take inner step `step`: W_{k+1} = W_k - eta_k g_k; of a linear layer g_k = D^T A."""
         raise NotImplementedError
 
+    def add_query(self, step: int, saved: Any, dy: Tensor) -> None:
+        """Lam gains the gradient of a query loss at the weights before inner step `step`."""
+        raise NotImplementedError
+
     def begin_adjoint(self, saved: Any, dy: Tensor) -> None:
         """Lam is the gradient of the query loss at the adapted weights."""
-        raise NotImplementedError
+        self.add_query(self.spec.inner_steps, saved, dy)
+
+    def turn(self, step: int) -> None:
+        """Inner step `step` comes next on the way back: choose the direction of its tangents."""
 
     def pull_back(
         self, step: int, saved: Any, dy: Tensor, t_x: Tensor | None, t_dy: Tensor
     ) -> None:
-        """Lam = Lam - H_k (eta_k Lam), from the tangents that step k's tangent pass found."""
+        """Lam = Lam - H_k v, from the tangents that step k's tangent pass found along v; of a plain
+        rule v is eta_k Lam."""
         raise NotImplementedError
 
     def gradient_sums(self) -> Pair:
@@ -82,7 +119,7 @@ class FastLayer(Stage):
         raise NotImplementedError
 
     def add_rate_gradients(self, step: int, saved: Any, dy: Tensor) -> None:
-        """dloss/deta_k = -<g_k, Lam>, for weight and bias, summed over tasks."""
+        """dloss/deta_k = -<g_k, Lam>, for weight and bias, summed over tasks; before `turn`."""
         raise NotImplementedError
 
 
@@ -95,6 +132,12 @@ class DenseLayer(FastLayer):
         self.b: list[Tensor | None] = [spec.bias]
         self.moves = spec.weight_rates is not None, spec.bias_rates is not None
         self.lam: Pair = None, None
+        self.along: Pair = None, None
+        # Of a rule with momentum: m_k, the sum of what it gains on the way back, and the steps'
+        # directions u_k, which the rates' gradients need.
+        self.momentum: list[Tensor | None] = [None, None]
+        self.lam_momentum: list[Tensor | None] = [None, None]
+        self.taken: list[list[Tensor | None]] = []
 
     def gradients(self, saved: Any, dy: Tensor) -> Pair:
         """g_k of each task, [T, *shape], of weight and bias where they move."""
@@ -105,33 +148,64 @@ class DenseLayer(FastLayer):
         raise NotImplementedError
 
     def direction(self, step: int) -> Pair:
-        """eta_k Lam, along which tangents are taken."""
-        w, b = self.lam
-        return (
-            None if w is None else w * self.weight_rates[step],
-            None if b is None else b * self.bias_rates[step],
-        )
+        """v, along which tangents are taken; of a plain rule eta_k Lam."""
+        return self.along
 
     def descend(self, step: int, saved: Any, dy: Tensor) -> None:
-        rates = self.weight_rates[step], self.bias_rates[step]
+        taken: list[Tensor | None] = [None, None]
         found = self.gradients(saved, dy)
-        for kept, gradient, rate in zip((self.w, self.b), found, rates, strict=True):
+        for i, (kept, gradient) in enumerate(zip((self.w, self.b), found, strict=True)):
             now = kept[step]
             if now is not None and gradient is not None:
-                now = torch.sub(now, gradient, alpha=rate)
+                taken[i] = self._taken(i, now, gradient)
+                now = now - self._both_rates()[i][step] * taken[i]
             elif now is not None and not step:
                 now = now.expand(self.spec.tasks, *now.shape)
             kept.append(now)
+        if self.spec.learns_rates:
+            self.taken.append(taken)
 
-    def begin_adjoint(self, saved: Any, dy: Tensor) -> None:
-        self.lam = self.gradients(saved, dy)
+    def _taken(self, i: int, now: Tensor, gradient: Tensor) -> Tensor:
+        """What is multiplied by the rate, of weight (0) or bias (1)."""
+        rule = self.spec.rule
+        if rule.weight_decay:
+            gradient = gradient + rule.weight_decay * now
+        if not rule.momentum:
+            return gradient
+        before = self.momentum[i]
+        after = gradient if before is None else gradient + rule.momentum * before
+        self.momentum[i] = after
+        return gradient + rule.momentum * after if rule.nesterov else after
+
+    def add_query(self, step: int, saved: Any, dy: Tensor) -> None:
+        weight, bias = self.gradients(saved, dy)
+        self.lam = _sum(self.lam[0], weight), _sum(self.lam[1], bias)
+
+    def turn(self, step: int) -> None:
+        found: list[Tensor | None] = [None, None]
+        left = list(self.lam)
+        rule = self.spec.rule
+        for i, lam in enumerate(self.lam):
+            if lam is None:
+                continue
+            along = lam * self._both_rates()[i][step]
+            if rule.momentum:  # the transpose of `_taken`
+                of_gradient = along if rule.nesterov else 0
+                before = self.lam_momentum[i]
+                gained = rule.momentum * along if rule.nesterov else along
+                total = gained if before is None else before + gained
+                self.lam_momentum[i] = rule.momentum * total
+                along = total + of_gradient
+            if rule.weight_decay:
+                left[i] = lam - rule.weight_decay * along
+            found[i] = along
+        self.along, self.lam = (found[0], found[1]), (left[0], left[1])
 
     def pull_back(
         self, step: int, saved: Any, dy: Tensor, t_x: Tensor | None, t_dy: Tensor
     ) -> None:
-        for lam, tangent in zip(self.lam, self.t_gradients(saved, dy, t_x, t_dy), strict=True):
-            if lam is not None and tangent is not None:
-                lam -= tangent
+        weight, bias = self.t_gradients(saved, dy, t_x, t_dy)
+        self.lam = _sum(self.lam[0], weight, -1), _sum(self.lam[1], bias, -1)
 
     def gradient_sums(self) -> Pair:
         w, b = (None if lam is None else lam.sum(0) for lam in self.lam)
@@ -146,6 +220,67 @@ class DenseLayer(FastLayer):
         return formed(self.w[step]), formed(self.b[step])
 
     def add_rate_gradients(self, step: int, saved: Any, dy: Tensor) -> None:
-        for i, (lam, gradient) in enumerate(zip(self.lam, self.gradients(saved, dy), strict=True)):
-            if lam is not None and gradient is not None:
-                self.rate_gradients[i, step] -= (gradient * lam).sum(dtype=torch.float64)
+        for i, (lam, taken) in enumerate(zip(self.lam, self.taken[step], strict=True)):
+            if lam is not None and taken is not None:
+                total = self.rate_gradients[i][step]
+                total -= (taken * lam).double().sum_to_size(total.shape)
+
+
+class StillLayer(FastLayer):
+    """A layer that does not adapt among those that do, and gets a meta-gradient: Lam is one sum
+    over all tasks, and no tangent moves its parameters."""
+
+    def __init__(self, spec: LayerSpec, stage: Still) -> None:
+        super().__init__(spec)
+        self.stage = stage
+        self.lam: Pair = None, None
+
+    def forward(self, step: int, x: Tensor) -> tuple[Tensor, Any]:
+        return self.stage.forward(step, x)
+
+    def backward(self, step: int, saved: Any, dy: Tensor) -> Tensor:
+        return self.stage.backward(step, saved, dy)
+
+    def tangent(self, step: int, saved: Any, dy: Tensor, t_x: Tensor | None) -> Tensor | None:
+        return self.stage.tangent(step, saved, dy, t_x)
+
+    def tangent_backward(
+        self, step: int, saved: Any, dy: Tensor, t_x: Tensor | None, t_dy: Tensor
+    ) -> Tensor:
+        return self.stage.tangent_backward(step, saved, dy, t_x, t_dy)
+
+    def descend(self, step: int, saved: Any, dy: Tensor) -> None:
+        pass
+
+    def add_query(self, step: int, saved: Any, dy: Tensor) -> None:
+        weight, bias = self.stage.gradients(saved, dy)
+        self.lam = _sum(self.lam[0], weight), _sum(self.lam[1], bias)
+
+    def pull_back(
+        self, step: int, saved: Any, dy: Tensor, t_x: Tensor | None, t_dy: Tensor
+    ) -> None:
+        weight, bias = self.stage.t_gradients(saved, dy, t_x, t_dy)
+        self.lam = _sum(self.lam[0], weight, -1), _sum(self.lam[1], bias, -1)
+
+    def gradient_sums(self) -> Pair:
+        return self.lam
+
+    def weights(self, step: int) -> Pair:
+        tasks = self.spec.tasks
+        w, b = (
+            None if p is None else p.expand(tasks, *p.shape)
+            for p in (self.spec.weight, self.spec.bias)
+        )
+        return w, b
+
+    def add_rate_gradients(self, step: int, saved: Any, dy: Tensor) -> None:
+        raise AssertionError("it has no rates")
+
+
+def _sum(a: Tensor | None, b: Tensor | None, sign: int = 1) -> Tensor | None:
+    """a + sign b, of what there is."""
+    if b is None:
+        return a
+    if a is None:
+        return b if sign == 1 else -b
+    return torch.add(a, b, alpha=sign)

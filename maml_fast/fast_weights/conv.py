@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import grad as F_grad
 
-from maml_fast.fast_weights.base import DenseLayer, LayerSpec, Pair
-from maml_fast.ops.base import Stage
+from maml_fast.fast_weights.base import DenseLayer, LayerSpec, Pair, Still
 from maml_fast.ops.conv import Conv2d
 
 
@@ -65,8 +64,9 @@ def _plus_bias(z: Tensor, bias: Tensor | None) -> Tensor:
     return z.add_(bias.view(-1, 1, bias.shape[-1], 1, 1))
 
 
-class SharedConv(Stage):
-    """A convolution that does not adapt: every task has the meta-parameters, at every step."""
+class SharedConv(Still):
+    """A convolution that does not adapt: every task has the meta-parameters, at every step.
+    saved: x"""
 
     def __init__(self, spec: LayerSpec) -> None:
         assert isinstance(spec.op, Conv2d)
@@ -74,10 +74,10 @@ class SharedConv(Stage):
         self.op, self.weight, self.bias = spec.op, spec.weight, spec.bias
 
     def forward(self, step: int, x: Tensor) -> tuple[Tensor, Any]:
-        return _plus_bias(_conv(self.op, x, self.weight), self.bias), tuple(x.shape[2:])
+        return _plus_bias(_conv(self.op, x, self.weight), self.bias), x
 
     def backward(self, step: int, saved: Any, dy: Tensor) -> Tensor:
-        return _conv_input(self.op, saved, self.weight, dy)
+        return _conv_input(self.op, tuple(saved.shape[2:]), self.weight, dy)
 
     def tangent(self, step: int, saved: Any, dy: Tensor, t_x: Tensor | None) -> Tensor | None:
         return None if t_x is None else _conv(self.op, t_x, self.weight)
@@ -85,7 +85,22 @@ class SharedConv(Stage):
     def tangent_backward(
         self, step: int, saved: Any, dy: Tensor, t_x: Tensor | None, t_dy: Tensor
     ) -> Tensor:
-        return _conv_input(self.op, saved, self.weight, t_dy)
+        return _conv_input(self.op, tuple(saved.shape[2:]), self.weight, t_dy)
+
+    def gradients(self, saved: Any, dy: Tensor) -> Pair:
+        bias = None if self.bias is None else dy.sum((0, 1, 3, 4))
+        return self._by_weight(saved, dy), bias
+
+    def t_gradients(self, saved: Any, dy: Tensor, t_x: Tensor | None, t_dy: Tensor) -> Pair:
+        weight, bias = self.gradients(saved, t_dy)
+        if t_x is not None and weight is not None:
+            weight = weight + self._by_weight(t_x, dy)
+        return weight, bias
+
+    def _by_weight(self, x: Tensor, dy: Tensor) -> Tensor:
+        op = self.op
+        x, dy = x.flatten(0, 1), dy.flatten(0, 1)
+        return F_grad.conv2d_weight(x, self.weight.shape, dy, op.stride, op.padding)
 
 
 class DenseConv(DenseLayer):

@@ -9,18 +9,20 @@ Dense forms them, [T, O, I]. Factored never does; with W shared by all tasks and
     A W_k^T = A W^T - sum_j eta_j (A A_j^T) D_j    D W_k = D W - sum_j eta_j (D D_j^T) A_j
 where the shared products are single matrix products over all tasks' rows, and the Gram blocks
 are small. A bias moves by the sum of rows of D, which adds its rate to the Gram block.
+With momentum or weight decay each step's rows count by coefficients of their own (`steps.py`).
 `step` is the inner step whose weights W_k are meant; S means the adapted ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from maml_fast.fast_weights.base import FastLayer, LinearSpec
+from maml_fast.fast_weights.steps import Coefficients
 
 
 class FactoredLinear(FastLayer):
@@ -30,28 +32,37 @@ class FactoredLinear(FastLayer):
     left  (same rows, O):        -t_D of each step, D_q, then D_k beside -t_A: Lam = left^T right.
     outer [T, S*N, O]:           D_0 .. D_{S-1}: W_k = W - sum eta_j outer_j^T right_j.
     At step k the adjoint's rows are those from (k+1) * N to the last written: one contiguous run.
+    Query losses of earlier steps, if any count, put their A_q and D_q behind what was written.
     """
 
     spec: LinearSpec
 
-    def __init__(self, spec: LinearSpec, rows: int, query_rows: int, second_order: bool) -> None:
+    def __init__(
+        self,
+        spec: LinearSpec,
+        rows: int,
+        query_rows: int,
+        second_order: bool,
+        queries: int = 1,  # how many steps' query losses count
+    ) -> None:
         super().__init__(spec)
         self.rows, self.query_rows = rows, query_rows
         support = rows * spec.inner_steps
-        total = support + query_rows + (support if second_order else 0)
+        total = support + queries * query_rows + (support if second_order else 0)
         weight, tasks = spec.weight, spec.tasks
         out_features, in_features = weight.shape
         self.right = self._new_right(support, total, in_features)
         self.outer = weight.new_empty(tasks, support, out_features)
         self.left = weight.new_empty(tasks, total, out_features)
-        # W_k's Gram blocks times these, plus these: [S*N] each
-        self.scale = _by_row([-rate for rate in self.weight_rates], rows, weight)
-        self.shift = _by_row([-rate for rate in self.bias_rates], rows, weight)
+        self.of_weight, self.of_bias = (
+            Coefficients.of(spec.rule, rates, weight) for rates in self._both_rates()
+        )
         # Rows of -t_A move the weight alone; all the others move the bias too.
-        self.bias_end = support + query_rows
-        self.moves_bias = weight.new_zeros(total)
-        self.moves_bias[: self.bias_end] = 1
+        self.moves_bias = weight.new_ones(total)
         self.first, self.last = support, support  # the adjoint's rows
+        # The step whose weights gained a row of the adjoint
+        self.gained = torch.zeros(total, dtype=torch.int64, device=weight.device)
+        self.gained[:support] = torch.arange(spec.inner_steps).repeat_interleave(rows)
 
     def _new_right(self, support: int, total: int, in_features: int) -> Tensor:
         return self.spec.weight.new_empty(self.spec.tasks, total, in_features)
@@ -63,20 +74,40 @@ class FactoredLinear(FastLayer):
         """x right^T [T, rows of x, rows]"""
         return x @ self.right[:, rows].mT
 
+    def _scale(self, step: int) -> Tensor:
+        """What W_k's Gram blocks are multiplied by, row by row: [k*N]"""
+        return -self.of_weight.moved[step, :step].repeat_interleave(self.rows)
+
+    def _shift(self, step: int) -> Tensor:
+        """What the bias adds to them"""
+        return -self.of_bias.moved[step, :step].repeat_interleave(self.rows)
+
+    def _kept(self, step: int, base: Tensor) -> Tensor:
+        """x W^T, of the shared weights, as W_k has it left: weight decay takes from it."""
+        return base * self.of_weight.kept[step] if self.spec.rule.weight_decay else base
+
+    def _shared(self, step: int, x: Tensor) -> Tensor:
+        """x W^T + b, what W_k and b_k have left of them."""
+        spec = self.spec
+        if not spec.rule.weight_decay or spec.bias is None:
+            return self._kept(step, F.linear(x, spec.weight, spec.bias))
+        bias = spec.bias * self.of_bias.kept[step]
+        return torch.add(bias, F.linear(x, spec.weight), alpha=self.of_weight.kept[step].item())
+
     def forward(self, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = F.linear(x, self.spec.weight, self.spec.bias)
+        z = self._shared(step, x)
         if step:
             moved = self._moved(step)
-            gram = torch.addcmul(self.shift[moved], self._input_gram(x, moved), self.scale[moved])
+            gram = torch.addcmul(self._shift(step), self._input_gram(x, moved), self._scale(step))
             z = z.baddbmm_(gram, self.outer[:, moved])
         return z, x
 
     def _times_weight(self, step: int, dy: Tensor) -> Tensor:
         """D W_k"""
-        dx = dy @ self.spec.weight
+        dx = self._kept(step, dy @ self.spec.weight)
         if step:
             moved = self._moved(step)
-            gram = (dy @ self.outer[:, moved].mT).mul_(self.scale[moved])
+            gram = (dy @ self.outer[:, moved].mT).mul_(self._scale(step))
             dx.baddbmm_(gram, self.right[:, moved])
         return dx
 
@@ -88,27 +119,31 @@ class FactoredLinear(FastLayer):
         self.right[:, rows] = x
         self.outer[:, rows] = dy
 
-    def begin_adjoint(self, x: Tensor, dy: Tensor) -> None:
-        self.last = self.first + self.query_rows
-        self.right[:, self.first : self.last] = x
-        self.left[:, self.first : self.last] = dy
+    def add_query(self, step: int, x: Tensor, dy: Tensor) -> None:
+        tail = slice(self.last, self.last + self.query_rows)
+        self.right[:, tail], self.left[:, tail], self.gained[tail] = x, dy, step
+        self.last = tail.stop
+
+    def _along(self, step: int, coefficients: Coefficients) -> Tensor:
+        """How much each row of the adjoint counts in v, the direction of step's tangents."""
+        return coefficients.moved[self.gained[self.first : self.last], step]
 
     def _adjoint_gram(self, step: int, x: Tensor) -> Tensor:
         return self._input_gram(x, slice(self.first, self.last))
 
     def tangent(self, step: int, saved: Tensor, dy: Tensor, t_x: Tensor | None) -> Tensor | None:
         lam = slice(self.first, self.last)
-        gram = torch.add(
-            self.moves_bias[lam] * self.bias_rates[step],
+        gram = torch.addcmul(
+            self.moves_bias[lam] * self._along(step, self.of_bias),
             self._adjoint_gram(step, saved),
-            alpha=self.weight_rates[step],
+            self._along(step, self.of_weight),
         )
         if t_x is None:
             return gram @ self.left[:, lam]
-        t_z = F.linear(t_x, self.spec.weight)
+        t_z = self._kept(step, F.linear(t_x, self.spec.weight))
         if step:
             moved = self._moved(step)
-            t_gram = self._input_gram(t_x, moved).mul_(self.scale[moved])
+            t_gram = self._input_gram(t_x, moved).mul_(self._scale(step))
             t_z.baddbmm_(t_gram, self.outer[:, moved])
         return t_z.baddbmm_(gram, self.left[:, lam])
 
@@ -116,9 +151,8 @@ class FactoredLinear(FastLayer):
         self, step: int, saved: Tensor, dy: Tensor, t_x: Tensor | None, t_dy: Tensor
     ) -> Tensor:
         lam = slice(self.first, self.last)
-        gram = dy @ self.left[:, lam].mT
-        t_dx = self._times_weight(step, t_dy)
-        return t_dx.baddbmm_(gram, self.right[:, lam], alpha=self.weight_rates[step])
+        gram = (dy @ self.left[:, lam].mT).mul_(self._along(step, self.of_weight))
+        return self._times_weight(step, t_dy).baddbmm_(gram, self.right[:, lam])
 
     def pull_back(self, step: int, x: Tensor, dy: Tensor, t_x: Tensor | None, t_dy: Tensor) -> None:
         self.first = step * self.rows  # right has A_k there already
@@ -129,23 +163,29 @@ class FactoredLinear(FastLayer):
         else:
             torch.neg(t_x, out=self.right[:, tail])
             self.left[:, tail] = dy
+        self.gained[tail], self.moves_bias[tail] = step, 0
         self.last += self.rows
 
     def gradient_sums(self) -> tuple[Tensor, Tensor]:
         lam = slice(self.first, self.last)
-        left, right = self.left[:, lam], self.right[:, lam]
-        bias = self.left[:, self.first : self.bias_end].sum((0, 1))
+        left, right, of_bias = self.left[:, lam], self.right[:, lam], self.moves_bias[lam]
+        if self.spec.rule.weight_decay:
+            gained = self.gained[lam]
+            of_bias = of_bias * self.of_bias.kept[gained]
+            right = right * self.of_weight.kept[gained].unsqueeze(1)
+        bias = torch.einsum("tro,r->o", left, of_bias)
         return left.flatten(0, 1).mT @ right.flatten(0, 1), bias
 
     def weights(self, step: int) -> tuple[Tensor, Tensor | None]:
         spec, moved = self.spec, self._moved(step)
         weight = spec.weight.expand(spec.tasks, *spec.weight.shape)
         if spec.weight_rates is not None and step:
-            outer = self.outer[:, moved] * self.scale[moved, None]
-            weight = torch.baddbmm(weight, outer.mT, self._formed_right(step))
+            outer = self.outer[:, moved] * self._scale(step).unsqueeze(1)
+            kept = weight * self.of_weight.kept[step]
+            weight = torch.baddbmm(kept, outer.mT, self._formed_right(step))
         bias = None if spec.bias is None else spec.bias.expand(spec.tasks, -1)
         if bias is not None and step:
-            bias = bias + self.shift[moved] @ self.outer[:, moved]
+            bias = bias * self.of_bias.kept[step] + self._shift(step) @ self.outer[:, moved]
         return weight, bias
 
     def _formed_right(self, step: int) -> Tensor:
@@ -154,10 +194,9 @@ class FactoredLinear(FastLayer):
     def add_rate_gradients(self, step: int, x: Tensor, dy: Tensor) -> None:
         lam = slice(self.first, self.last)
         gram = dy @ self.left[:, lam].mT  # <D^T A, Lam> is the sum of two Gram blocks' product
-        self.rate_gradients[0, step] -= (gram * self._adjoint_gram(step, x)).sum(
-            dtype=torch.float64
-        )
-        self.rate_gradients[1, step] -= (gram * self.moves_bias[lam]).sum(dtype=torch.float64)
+        by_weight, by_bias = self.rate_gradients
+        by_weight[step] -= (gram * self._adjoint_gram(step, x)).sum(dtype=torch.float64)
+        by_bias[step] -= (gram * self.moves_bias[lam]).sum(dtype=torch.float64)
 
 
 class FactoredInput(FactoredLinear):
@@ -165,7 +204,8 @@ class FactoredInput(FactoredLinear):
 
     So X W^T and the Gram blocks of the data are computed once for all steps, no cotangent goes
     further down, t_x is zero, and all steps' -t_D add up beside the one X:
-    Lam = D_q^T X_q - (sum t_D)^T X, of rank N + M at most.
+    Lam = D_q^T X_q - (sum t_D)^T X, of rank N + M at most. With coefficients that change from step
+    to step the sums are taken anew for each.
     """
 
     def __init__(
@@ -174,7 +214,8 @@ class FactoredInput(FactoredLinear):
         super().__init__(spec, support_x.shape[1], query_x.shape[1], second_order=False)
         self.support_x, self.query_x = support_x, query_x
         self.products: dict[tuple[str, bool], Tensor] = {}
-        self.t_sum: Tensor | None = None  # -sum t_D [T, N, O]
+        # D_q [T, M, O] and -t_D [T, N, O] by the step whose weights gained them
+        self.d_query, self.minus_t_d = Gained(spec.rule.plain), Gained(spec.rule.plain)
 
     def _new_right(self, support: int, total: int, in_features: int) -> Tensor:
         return self.spec.weight.new_empty(0)  # the data stand for all rows
@@ -196,12 +237,19 @@ class FactoredInput(FactoredLinear):
         return self._gram(x).repeat(1, 1, rows.stop // self.rows)
 
     def forward(self, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        base = self._once("base", x, lambda: F.linear(x, self.spec.weight, self.spec.bias))
+        base = self._base(step, x)
         if not step:
             return base, x
         moved = self._moved(step)
-        gram = torch.addcmul(self.shift[moved], self._input_gram(x, moved), self.scale[moved])
+        gram = torch.addcmul(self._shift(step), self._input_gram(x, moved), self._scale(step))
         return torch.baddbmm(base, gram, self.outer[:, moved]), x
+
+    def _base(self, step: int, x: Tensor) -> Tensor:
+        weight, bias = self.spec.weight, self.spec.bias
+        if not self.spec.rule.weight_decay:
+            return self._once("base", x, lambda: F.linear(x, weight, bias))
+        product = self._once("base", x, lambda: F.linear(x, weight)) * self.of_weight.kept[step]
+        return product if bias is None else product + bias * self.of_bias.kept[step]
 
     def backward(self, step: int, saved: Tensor, dy: Tensor) -> Tensor:
         raise AssertionError("nothing adapts below the first adapting layer")
@@ -209,41 +257,85 @@ class FactoredInput(FactoredLinear):
     def descend(self, step: int, x: Tensor, dy: Tensor) -> None:
         self.outer[:, step * self.rows : (step + 1) * self.rows] = dy
 
-    def begin_adjoint(self, x: Tensor, dy: Tensor) -> None:
-        self.d_query = dy
+    def add_query(self, step: int, x: Tensor, dy: Tensor) -> None:
+        self.d_query.add(step, dy)
+
+    def _adjoint_times(
+        self, x: Tensor, of_weight: Tensor | None, of_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x V^T [T, rows, O] and v_b [T, 1, O], the adjoint's parts counting by coefficients [S+1]
+        of the steps that gained them; None: 1 each."""
+        query = self.d_query.total(of_weight)
+        assert query is not None
+        product = self._gram(self.query_x).mT @ query
+        of_all = self.d_query.total(of_bias).sum(1, True)  # type: ignore[union-attr]
+        support = self.minus_t_d.total(of_weight)
+        if support is not None:
+            product.baddbmm_(self._gram(x), support)
+            of_all = of_all + self.minus_t_d.total(of_bias).sum(1, True)  # type: ignore[union-attr]
+        return product, of_all
 
     def tangent(self, step: int, saved: Tensor, dy: Tensor, t_x: Tensor | None) -> Tensor | None:
+        if not self.spec.rule.plain:
+            of_weight, of_bias = self.of_weight.moved[:, step], self.of_bias.moved[:, step]
+            product, of_all = self._adjoint_times(saved, of_weight, of_bias)
+            return product.add_(of_all)
+        # One product for weight and bias: their rates scale and shift the Gram block.
         weight_rate, bias_rate = self.weight_rates[step], self.bias_rates[step]
         gram = torch.add(bias_rate, self._gram(self.query_x).mT, alpha=weight_rate)
-        t_z = gram @ self.d_query
-        if self.t_sum is not None:
-            t_z.baddbmm_(torch.add(bias_rate, self._gram(saved), alpha=weight_rate), self.t_sum)
+        d_query = self.d_query.total()
+        assert d_query is not None  # the last step's counts
+        t_z = gram @ d_query
+        if (t_sum := self.minus_t_d.total()) is not None:
+            t_z.baddbmm_(torch.add(bias_rate, self._gram(saved), alpha=weight_rate), t_sum)
         return t_z
 
     def pull_back(self, step: int, x: Tensor, dy: Tensor, t_x: Tensor | None, t_dy: Tensor) -> None:
-        self.t_sum = -t_dy if self.t_sum is None else self.t_sum.sub_(t_dy)
+        self.minus_t_d.add(step, -t_dy)
 
     def gradient_sums(self) -> tuple[Tensor, Tensor]:
-        weight = self.d_query.flatten(0, 1).mT @ self.query_x.flatten(0, 1)
-        bias = self.d_query.sum((0, 1))
-        if self.t_sum is not None:
-            weight.addmm_(self.t_sum.flatten(0, 1).mT, self.support_x.flatten(0, 1))
-            bias += self.t_sum.sum((0, 1))
+        decays = bool(self.spec.rule.weight_decay)
+        of_weight = self.of_weight.kept if decays else None
+        of_bias = self.of_bias.kept if decays else None
+        weight: Tensor | float = 0.0
+        bias: Tensor | float = 0.0
+        for gained, x in ((self.d_query, self.query_x), (self.minus_t_d, self.support_x)):
+            by_weight, by_bias = gained.total(of_weight), gained.total(of_bias)
+            if by_weight is not None and by_bias is not None:
+                weight = weight + by_weight.flatten(0, 1).mT @ x.flatten(0, 1)
+                bias = bias + by_bias.sum((0, 1))
+        assert isinstance(weight, Tensor)
+        assert isinstance(bias, Tensor)
         return weight, bias
 
     def _formed_right(self, step: int) -> Tensor:
         return self.support_x.repeat(1, step, 1)
 
     def add_rate_gradients(self, step: int, x: Tensor, dy: Tensor) -> None:
-        # A Lam^T and lam_b, then their product with D
-        lam_x, lam_b = self._gram(self.query_x).mT @ self.d_query, self.d_query.sum(1, True)
-        if self.t_sum is not None:
-            lam_x.baddbmm_(self._gram(x), self.t_sum)
-            lam_b = lam_b + self.t_sum.sum(1, True)
-        self.rate_gradients[0, step] -= (lam_x * dy).sum(dtype=torch.float64)
-        self.rate_gradients[1, step] -= (lam_b * dy).sum(dtype=torch.float64)
+        lam_x, lam_b = self._adjoint_times(x, None, None)
+        by_weight, by_bias = self.rate_gradients
+        by_weight[step] -= (lam_x * dy).sum(dtype=torch.float64)
+        by_bias[step] -= (lam_b * dy).sum(dtype=torch.float64)
 
 
-def _by_row(by_step: Sequence[float], rows: int, like: Tensor) -> Tensor:
-    """[S] -> [S * rows]"""
-    return torch.tensor(by_step, dtype=like.dtype, device=like.device).repeat_interleave(rows)
+class Gained:
+    """Tensors of one shape by the step whose weights gained them, and their sums; added up at once
+    where all steps count alike."""
+
+    def __init__(self, alike: bool) -> None:
+        self.alike = alike
+        self.parts: list[tuple[int, Tensor]] = []
+
+    def add(self, step: int, part: Tensor) -> None:
+        if self.alike and self.parts:
+            part = self.parts.pop()[1] + part
+        self.parts.append((step, part))
+
+    def total(self, by_step: Tensor | None = None) -> Tensor | None:
+        """Their sum, each times by_step[its step]; None of none."""
+        if not self.parts:
+            return None
+        if by_step is None:
+            return sum((part for _, part in self.parts[1:]), self.parts[0][1])
+        found = [part * by_step[step] for step, part in self.parts]
+        return sum(found[1:], found[0])

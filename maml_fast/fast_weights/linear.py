@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maml_fast.fast_weights.base import FastLayer, LinearSpec
-from maml_fast.ops.base import Stage
+from maml_fast.fast_weights.base import DenseLayer, FastLayer, LinearSpec, Pair, Still
 
 
-class SharedLinear(Stage):
-    """A layer that does not adapt: every task has the meta-parameters, at every step."""
+class SharedLinear(Still):
+    """A layer that does not adapt: every task has the meta-parameters, at every step. saved: x"""
 
     def __init__(self, spec: LinearSpec) -> None:
         self.spec = spec
@@ -34,9 +33,20 @@ class SharedLinear(Stage):
     ) -> Tensor:
         return t_dy @ self.spec.weight
 
+    def gradients(self, saved: Tensor, dy: Tensor) -> Pair:
+        weight = dy.flatten(0, 1).mT @ saved.flatten(0, 1)
+        return weight, None if self.spec.bias is None else dy.sum((0, 1))
+
+    def t_gradients(self, saved: Tensor, dy: Tensor, t_x: Tensor | None, t_dy: Tensor) -> Pair:
+        weight, bias = self.gradients(saved, t_dy)
+        if t_x is not None and weight is not None:
+            weight.addmm_(dy.flatten(0, 1).mT, t_x.flatten(0, 1))
+        return weight, bias
+
 
 class DenseLinear(FastLayer):
-    """Weights [T, O, I] formed at every step but the first, where all tasks share them."""
+    """Weights [T, O, I] formed at every step but the first, where all tasks share them; of a plain
+    rule, whose updates go into the products."""
 
     spec: LinearSpec
 
@@ -44,6 +54,8 @@ class DenseLinear(FastLayer):
         super().__init__(spec)
         self.w = [spec.weight]  # [O, I], then [T, O, I]
         self.b = [spec.bias]  # [O], then [T, 1, O]
+        self.lam, self.lam_b = spec.weight, spec.weight  # until `add_query`
+        self.has_adjoint = False
 
     def forward(self, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
         w, b = self.w[step], self.b[step]
@@ -67,8 +79,11 @@ class DenseLinear(FastLayer):
         self.w.append(w)
         self.b.append(b)
 
-    def begin_adjoint(self, x: Tensor, dy: Tensor) -> None:
-        self.lam, self.lam_b = dy.mT @ x, dy.sum(1, True)  # [T, O, I], [T, 1, O]
+    def add_query(self, step: int, x: Tensor, dy: Tensor) -> None:
+        lam, lam_b = dy.mT @ x, dy.sum(1, True)  # [T, O, I], [T, 1, O]
+        if self.has_adjoint:
+            lam, lam_b = self.lam + lam, self.lam_b + lam_b
+        self.lam, self.lam_b, self.has_adjoint = lam, lam_b, True
 
     def tangent(self, step: int, saved: Tensor, dy: Tensor, t_x: Tensor | None) -> Tensor | None:
         weight_rate, bias_rate = self.weight_rates[step], self.bias_rates[step]
@@ -99,5 +114,51 @@ class DenseLinear(FastLayer):
 
     def add_rate_gradients(self, step: int, x: Tensor, dy: Tensor) -> None:
         lam_x = x @ self.lam.mT
-        self.rate_gradients[0, step] -= (lam_x * dy).sum(dtype=torch.float64)
-        self.rate_gradients[1, step] -= (self.lam_b * dy).sum(dtype=torch.float64)
+        self.rate_gradients[0][step] -= (lam_x * dy).sum(dtype=torch.float64)
+        self.rate_gradients[1][step] -= (self.lam_b * dy).sum(dtype=torch.float64)
+
+
+class RuledLinear(DenseLayer):
+    """Dense weights [T, O, I] under any rule that is linear. saved: x"""
+
+    spec: LinearSpec
+
+    def _times(self, x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        """x w^T + b, of each task's own or of shared ones."""
+        assert w is not None
+        z = x @ w.mT
+        return z if b is None else z + (b if b.dim() == 1 else b.unsqueeze(1))
+
+    def forward(self, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._times(x, self.w[step], self.b[step]), x
+
+    def backward(self, step: int, saved: Tensor, dy: Tensor) -> Tensor:
+        return dy @ self._weight(step)
+
+    def _weight(self, step: int) -> Tensor:
+        w = self.w[step]
+        assert w is not None
+        return w
+
+    def tangent(self, step: int, saved: Tensor, dy: Tensor, t_x: Tensor | None) -> Tensor | None:
+        t_w, t_b = self.along
+        t_z = dy.new_zeros(dy.shape) if t_w is None else saved @ t_w.mT
+        if t_b is not None:
+            t_z = t_z + t_b.unsqueeze(1)
+        return t_z if t_x is None else t_z + self._times(t_x, self.w[step], None)
+
+    def tangent_backward(
+        self, step: int, saved: Tensor, dy: Tensor, t_x: Tensor | None, t_dy: Tensor
+    ) -> Tensor:
+        t_dx, t_w = t_dy @ self._weight(step), self.along[0]
+        return t_dx if t_w is None else t_dx + dy @ t_w
+
+    def gradients(self, saved: Tensor, dy: Tensor) -> Pair:
+        weight, bias = self.moves
+        return dy.mT @ saved if weight else None, dy.sum(1) if bias else None
+
+    def t_gradients(self, saved: Tensor, dy: Tensor, t_x: Tensor | None, t_dy: Tensor) -> Pair:
+        t_weight, t_bias = self.gradients(saved, t_dy)
+        if t_x is not None and t_weight is not None:
+            t_weight = t_weight + dy.mT @ t_x
+        return t_weight, t_bias

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maml_fast.fast_weights.base import DenseLayer, LayerSpec, Pair
-from maml_fast.ops.base import Features, Stage
+from maml_fast.fast_weights.base import DenseLayer, LayerSpec, Pair, Still
+from maml_fast.ops.base import Features
 from maml_fast.ops.norm import Norm
 
 
@@ -56,12 +56,13 @@ class Normalised(NamedTuple):
         return v.sum(over).reshape(len(v), *shape)
 
 
-class SharedNorm(Stage):
+class SharedNorm(Still):
     """A norm that does not adapt, with the meta-parameters or none."""
 
     def __init__(self, spec: LayerSpec) -> None:
         assert isinstance(spec.op, Norm)
         self.op, self.shared = spec.op, (spec.weight, spec.bias)
+        self.moves = True, True
 
     def _pair(self, step: int) -> Pair:
         """gamma and beta before an inner step"""
@@ -113,6 +114,32 @@ class SharedNorm(Stage):
         t_dx = t_u - mean(t_u) - moved * mean(u * xhat) - xhat * mean(t_u * xhat + u * moved)
         return (t_dx.mul_(r) + t_r * saved.project(u)).view(dy.shape)
 
+    def gradients(self, saved: Normalised, dy: Tensor) -> Pair:
+        return _all_tasks(self._by_task(saved, dy))
+
+    def t_gradients(self, saved: Normalised, dy: Tensor, t_x: Tensor | None, t_dy: Tensor) -> Pair:
+        return _all_tasks(self._t_by_task(saved, dy, t_x, t_dy))
+
+    def _by_task(self, saved: Normalised, dy: Tensor) -> Pair:
+        dy = dy.reshape(saved.xhat.shape)
+        return self._sums(saved, dy * saved.xhat, dy)
+
+    def _t_by_task(self, saved: Normalised, dy: Tensor, t_x: Tensor | None, t_dy: Tensor) -> Pair:
+        dy, t_dy = dy.reshape(saved.xhat.shape), t_dy.reshape(saved.xhat.shape)
+        by_gamma = t_dy * saved.xhat
+        if t_x is not None:
+            by_gamma = by_gamma + dy * t_xhat(saved, t_x)
+        return self._sums(saved, by_gamma, t_dy)
+
+    def _sums(self, saved: Normalised, by_gamma: Tensor, by_beta: Tensor) -> Pair:
+        """Summed to the shapes of gamma and beta, where they are wanted."""
+        weight, bias = self.shared
+        moves_weight, moves_bias = self.moves
+        return (
+            saved.summed(by_gamma, weight.shape) if moves_weight and weight is not None else None,
+            saved.summed(by_beta, bias.shape) if moves_bias and bias is not None else None,
+        )
+
 
 class FastNorm(SharedNorm, DenseLayer):
     """A norm of which gamma or beta adapts."""
@@ -127,25 +154,13 @@ class FastNorm(SharedNorm, DenseLayer):
     def _direction(self, step: int) -> Pair:
         return self.direction(step)
 
-    def gradients(self, saved: Normalised, dy: Tensor) -> Pair:
-        dy = dy.reshape(saved.xhat.shape)
-        return self._sums(saved, dy * saved.xhat, dy)
+    gradients = SharedNorm._by_task
+    t_gradients = SharedNorm._t_by_task
 
-    def t_gradients(self, saved: Normalised, dy: Tensor, t_x: Tensor | None, t_dy: Tensor) -> Pair:
-        dy, t_dy = dy.reshape(saved.xhat.shape), t_dy.reshape(saved.xhat.shape)
-        by_gamma = t_dy * saved.xhat
-        if t_x is not None:
-            by_gamma = by_gamma + dy * t_xhat(saved, t_x)
-        return self._sums(saved, by_gamma, t_dy)
 
-    def _sums(self, saved: Normalised, by_gamma: Tensor, by_beta: Tensor) -> Pair:
-        """Summed to the shapes of gamma and beta, where they move."""
-        weight, bias = self.spec.weight, self.spec.bias
-        moves_weight, moves_bias = self.moves
-        return (
-            saved.summed(by_gamma, weight.shape) if moves_weight and weight is not None else None,
-            saved.summed(by_beta, bias.shape) if moves_bias and bias is not None else None,
-        )
+def _all_tasks(pair: Pair) -> Pair:
+    gamma, beta = (None if part is None else part.sum(0) for part in pair)
+    return gamma, beta
 
 
 def t_xhat(saved: Normalised, t_x: Tensor) -> Tensor:

@@ -1,0 +1,146 @@
+"""Inner rules with momentum and weight decay in the C++ backend, on all engines and layouts.
+
+Against the plain loop of backend "reference", with all else that the family has.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from maml_fast import MAML, check, cpu_features
+from maml_fast.inner import SGD
+from maml_fast.problem import TaskBatch
+from tests.engines import ENGINES
+from tests.family import (
+    CLASSES,
+    FLAT,
+    FORMS,
+    IMAGES,
+    assert_same,
+    build,
+    everything,
+    wants_gradients,
+    weighted,
+)
+from tests.image_networks import assert_near
+from tests.networks import Draw
+
+pytestmark = pytest.mark.usefixtures("extension")
+
+
+@pytest.fixture(params=ENGINES)
+def instructions(request, monkeypatch):
+    """One instruction set."""
+    monkeypatch.setenv(cpu_features.FORCED, request.param)
+    return request.param
+
+
+RULES = {
+    "momentum": SGD(momentum=0.7),
+    "nesterov": SGD(momentum=0.5, nesterov=True),
+    "decay": SGD(weight_decay=0.2),
+    "all": SGD(momentum=0.6, nesterov=True, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rule", RULES)
+def test_rules(engine, rule, form, first_order):
+    """Of all steps one rate; the case with biases, and a layer without."""
+    model, batch = build(FLAT, "linear", Draw(18))
+    options = dict(inner_optimizer=RULES[rule], fast_weights=form, first_order=first_order)
+    for steps in (0, 1, 4):
+        maml = assert_same(model, batch, steps=steps, **options)
+        plan = maml.plan(batch.support_x, batch.query_x)
+        assert {layer.form for layer in plan.layers if layer.use} == {form}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", FLAT)
+def test_rules_with_rates_of_steps_and_gradients_by_the_data(engine, name, rule, form):
+    model, batch = build(FLAT, name, Draw(19))
+    batch = wants_gradients(batch)
+    rates = {
+        n: torch.tensor([0.1, 0.05 * i, 0.2]) for i, (n, _) in enumerate(model.named_parameters())
+    }
+    assert_same(model, batch, rate=rates, steps=3, inner_optimizer=RULES[rule], fast_weights=form)
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", FLAT)
+def test_rules_with_learned_rates(engine, name, rule, first_order):
+    """Weights are dense then: the gradient of a rate asks for each step's direction."""
+    model, batch = build(FLAT, name, Draw(20))
+    rate = nn.Parameter(torch.tensor([0.1, 0.2, 0.15], dtype=torch.float64))
+    options = dict(inner_optimizer=RULES[rule], first_order=first_order)
+    maml = assert_same(model, batch, rate=rate, steps=3, **options)
+    plan = maml.plan(batch.support_x, batch.query_x)
+    assert {layer.form for layer in plan.layers if layer.use} == {"dense"}
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", IMAGES)
+def test_rules_of_images(instructions, name, rule, first_order, learned):
+    model, batch = build(IMAGES, name, Draw(21), tasks=2)
+    rate = torch.tensor([0.1, 0.2, 0.15], dtype=torch.float64)
+    options = dict(inner_optimizer=RULES[rule], first_order=first_order)
+    rates = nn.Parameter(rate) if learned else rate
+    assert_same(model, batch, rate=rates, steps=3, **options)
+
+
+def test_rules_of_images_where_steps_are_computed_again(instructions):
+    draw = Draw(22)
+    model, _ = build(IMAGES, "layer norm first", draw)
+    x, q = draw.normal(1, 1500, 2, 5, 4), draw.normal(1, 2, 2, 5, 4)
+    y, yq = (draw.normal(1, n, CLASSES) for n in (1500, 2))
+    rate = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+    batch = TaskBatch(x, y, q, yq)
+    maml = assert_same(model, batch, rate=rate, steps=3, inner_optimizer=RULES["all"])
+    assert maml.plan(x, q).cpu.replays
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rule", RULES)
+def test_adapted_by_rules(engine, rule, form):
+    model, batch = build(FLAT, "linear", Draw(23))
+    wanted, found = (
+        MAML(model, inner_lr=0.2, inner_steps=3, inner_optimizer=RULES[rule], **options).adapt(
+            *batch[:2]
+        )
+        for options in (dict(backend="reference"), dict(backend="cpu", fast_weights=form))
+    )
+    right = {"out": wanted(batch.query_x)} | wanted.parameters()
+    assert_near({"out": found(batch.query_x)} | found.parameters(), right, 1e-11)
+
+
+def test_the_same_bits_from_any_number_of_threads(engine, threads):
+    draw = Draw(24)
+    model, batch = build(FLAT, "linear", draw, tasks=70)
+    batch = wants_gradients(weighted(batch, draw, gaps=False))
+    maml = MAML(model, inner_lr=0.1, inner_steps=3, backend="cpu", inner_optimizer=RULES["all"])
+    threads(1)
+    wanted = everything(maml, batch)
+    threads(3)
+    for name, tensor in everything(maml, batch).items():
+        assert torch.equal(tensor, wanted[name]), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rules_in_float32(engine, form):
+    """At most twice autograd's error."""
+    model, batch = build(FLAT, "linear", Draw(25))
+    maml = MAML(
+        model.float(),
+        inner_lr=0.05,
+        inner_steps=3,
+        backend="cpu",
+        inner_optimizer=RULES["all"],
+        fast_weights=form,
+    )
+    report = check(maml, *batch.map(lambda t: t.float()))
+    assert report.passed, str(report)
