@@ -6,34 +6,23 @@ T tasks, N support rows, M query rows, S inner steps.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from maml_fast import custom_op, meta_step
+from maml_fast.autograd import Found, MetaStep, reduce
 from maml_fast.finite import check_finite, check_losses
-from maml_fast.inner import SGD, InnerRule
 from maml_fast.inputs import check_batch, check_classes, check_row_weights, check_targets
 from maml_fast.layers import Asked
-from maml_fast.options import (
-    check_choice,
-    check_count,
-    check_flag,
-    check_loss,
-    check_meta_gradient,
-    check_rule,
-    check_step_weights,
-    matching,
-)
-from maml_fast.outer import MetaGradient
-from maml_fast.plan import BACKENDS, FAST_WEIGHTS, Plan
-from maml_fast.planner import Planned, Planner
-from maml_fast.problem import FlatGradients, Loss, Outcome, Problem, TaskBatch
-from maml_fast.rates import InnerRates, Rate
+from maml_fast.options import check_count
+from maml_fast.plan import Plan
+from maml_fast.planner import Planned
+from maml_fast.problem import FlatGradients, Outcome, Problem, TaskBatch
 from maml_fast.results import AdaptedModels, MetaStepResult, Trajectory
 from maml_fast.rows import blank_targets
+from maml_fast.settings import Settings
 from maml_fast.signature import signature
 from maml_fast.surroundings import plain, recordable, using
 from maml_fast.trajectory import trajectory
@@ -41,7 +30,7 @@ from maml_fast.trajectory import trajectory
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
-class MAML(nn.Module):
+class MAML(Settings):
     """Model-agnostic meta-learning: many tasks' inner loops and the exact meta-gradient.
 
     model: any `nn.Module` that maps rows [N, ...] to predictions [N, ...]. Parameters that
@@ -82,90 +71,6 @@ class MAML(nn.Module):
     Raises TypeError or ValueError naming the argument. Source: Finn et al. 2017, algorithm 1.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss = "mse",
-        inner_lr: Rate | Mapping[str, Rate] = 0.01,
-        inner_steps: int = 1,
-        first_order: bool = False,
-        reduction: str = "mean",
-        backend: str = "auto",
-        chunk_size: int | None = None,
-        fast_weights: str = "auto",
-        cuda_graphs: bool = True,
-        inner_params: Sequence[str] | None = None,
-        inner_optimizer: InnerRule | None = None,
-        step_weights: Sequence[float] | None = None,
-        meta_gradient: MetaGradient | None = None,
-        step_params: Sequence[str] = (),
-    ) -> None:
-        super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is {type(model).__name__}; wanted is an nn.Module")
-        self.model = model
-        self.loss = loss
-        self.rates = InnerRates(inner_lr)
-        self.rates.check_names(name for name, _ in model.named_parameters())
-        self.inner_steps = inner_steps
-        self.first_order = first_order
-        self.reduction = reduction
-        self.backend = backend
-        self.chunk_size = chunk_size
-        self.fast_weights = fast_weights
-        self.cuda_graphs = cuda_graphs
-        self.inner_params = inner_params
-        self.inner_optimizer = SGD() if inner_optimizer is None else inner_optimizer
-        self.step_weights = step_weights
-        self.meta_gradient = meta_gradient
-        self.step_params = _of_steps(model, step_params, inner_params, inner_steps)
-        self._check_options()
-        matching("inner_params", inner_params, dict(model.named_parameters()))
-        self._planner = Planner()
-        self._named: tuple[Any, Any] | None = None  # of `_names`
-        self._number = custom_op.number_of(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        of_old = {
-            "cuda_graphs": True,
-            "inner_params": None,
-            "step_weights": None,
-            "meta_gradient": None,
-        }
-        super().__setstate__({"inner_optimizer": SGD(), **of_old, **state})  # of a state without
-        if "step_params" not in self._modules:
-            self.step_params = nn.ParameterDict()
-        self._number = custom_op.number_of(self)  # a copy is another module
-        self._named = None
-
-    def _check_options(self) -> None:
-        """The options, which a user may also set after the module was built."""
-        check_loss(self.loss)
-        check_count("inner_steps", self.inner_steps, least=0)
-        check_flag("first_order", self.first_order)
-        check_flag("cuda_graphs", self.cuda_graphs)
-        check_choice("reduction", self.reduction, ("mean", "sum"))
-        check_choice("backend", self.backend, BACKENDS)
-        check_choice("fast_weights", self.fast_weights, FAST_WEIGHTS)
-        if self.chunk_size is not None:
-            check_count("chunk_size", self.chunk_size, least=1)
-        check_rule(self.inner_optimizer)
-        check_step_weights(self.step_weights, self.inner_steps)
-        if self.meta_gradient is not None:
-            learns = bool(self.rates.learning())
-            check_meta_gradient(
-                self.meta_gradient,
-                self.inner_optimizer,
-                self.step_weights,
-                learns,
-                self.first_order,
-            )
-
-    @property
-    def inner_lr(self) -> Rate | dict[str, Rate]:
-        """The inner learning rates in the form they were given."""
-        return self.rates.spec()
-
     def forward(
         self,
         support_x: Tensor,
@@ -187,27 +92,38 @@ class MAML(nn.Module):
         Raises ValueError or TypeError for data that do not fit, NonFiniteError where a loss or a
         gradient is NaN or infinite, UnsupportedModelError where the backend cannot run the model.
         """
-        weights = support_weight, query_weight
-        if torch.compiler.is_compiling() and weights == (None, None):
+        data = support_x, support_y, query_x, query_y, support_weight, query_weight
+        if torch.compiler.is_compiling():
+            weighted = support_weight is not None or query_weight is not None
+            if weighted or support_x.requires_grad or query_x.requires_grad:
+                return self._outside_of_graphs(*data)
             return self._as_operation(support_x, support_y, query_x, query_y)
-        batch = self._batch(support_x, support_y, query_x, query_y, *weights)
+        return self._meta_step(*data)
+
+    @torch.compiler.disable
+    def _outside_of_graphs(self, *data: Tensor | None) -> MetaStepResult:
+        """What the operation for torch.compile has not: it breaks the graph there."""
+        return self._meta_step(*data)
+
+    def _meta_step(self, *data: Tensor | None) -> MetaStepResult:
+        batch = self._batch(*data)
         planned, problem = self._prepare(batch, self.inner_steps, detached=False)
-        data = [batch.support_x, batch.query_x] if problem.wants_inputs else []
-        if not (torch.is_grad_enabled() and (planned.learned or data or problem.rates.learning)):
+        inputs = [batch.support_x, batch.query_x] if problem.wants_inputs else []
+        if not (torch.is_grad_enabled() and (planned.learned or inputs or problem.rates.learning)):
             outcome = self._run(planned.plan, problem, batch, False)
-            loss = _reduce(outcome.task_losses, self.reduction)
+            loss = reduce(outcome.task_losses, self.reduction)
             rest = outcome.task_losses, outcome.support_losses, outcome.query_outputs
             return MetaStepResult(loss, *rest)
 
         kept: list[Tensor | None] = []
 
-        def run() -> tuple[Outcome, Mapping[str, Tensor], list[Tensor]]:
+        def run() -> Found:
             found = self._run_with_gradients(planned.plan, problem, batch)
             kept.append(found[0].residuals)
             return found
 
-        inputs = (*self._learned(planned), *self.rates.learning(), *data)
-        result = MetaStepResult(*_MetaStep.apply(run, self.reduction, *inputs))
+        learned = (*self._learned(planned), *self.rates.learning(), *inputs)
+        result = MetaStepResult(*MetaStep.apply(run, self.reduction, *learned))
         result.residuals = kept[0]
         return result
 
@@ -237,16 +153,6 @@ class MAML(nn.Module):
         gradient = torch.is_grad_enabled() and bool(inputs)
         found = custom_op.meta_step(inputs, *batch, self._number, self.inner_steps, gradient)
         return MetaStepResult(*found[:4])
-
-    def inputs(self) -> list[Tensor]:
-        """The parameters and the rates that get a gradient."""
-        named, of_steps = self.model.named_parameters(), self._by_step
-        return [of_steps.get(n, p) for n, p in named if p.requires_grad] + self.rates.learning()
-
-    @property
-    def _by_step(self) -> dict[str, nn.Parameter]:
-        """`step_params` by the names of the model's."""
-        return {key.replace("/", "."): values for key, values in self.step_params.items()}
 
     def _learned(self, planned: Planned) -> list[nn.Parameter]:
         """What gets the gradients of the model's parameters."""
@@ -290,7 +196,7 @@ class MAML(nn.Module):
                 outcome, found, rates = self._run_with_gradients(planned.plan, problem, batch)
             else:
                 outcome, found, rates = self._run(planned.plan, problem, batch, False), {}, []
-            loss = _reduce(outcome.task_losses, self.reduction)
+            loss = reduce(outcome.task_losses, self.reduction)
         gradients = dict(zip(planned.own_names, found.values(), strict=True))
         for name in self._by_step:
             gradients[f"step_params.{name.replace('.', '/')}"] = gradients.pop(f"model.{name}")
@@ -316,9 +222,7 @@ class MAML(nn.Module):
             check_finite(plan, problem, batch, outcome)
         return outcome
 
-    def _run_with_gradients(
-        self, plan: Plan, problem: Problem, batch: TaskBatch
-    ) -> tuple[Outcome, Mapping[str, Tensor], list[Tensor]]:
+    def _run_with_gradients(self, plan: Plan, problem: Problem, batch: TaskBatch) -> Found:
         """The gradients of parameters by name, then of `rates.learning()` and of the data where
         they require it, reduced over tasks."""
         outcome = self._run(plan, problem, batch, gradient=True)
@@ -444,130 +348,3 @@ class MAML(nn.Module):
             asked,
             model,
         )
-
-    def _names(self, model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The parameters that adapt, and those that get a meta-gradient; `model`: its signature."""
-        chosen = self.inner_params
-        key = model, None if chosen is None else tuple(chosen)
-        if self._named is None or self._named[0] != key:
-            named = dict(self.model.named_parameters())
-            learned = tuple(name for name, p in named.items() if p.requires_grad)
-            found = matching("inner_params", chosen, named)
-            if found is None:
-                found = [name for name in learned if name not in self._by_step]
-            self._named = key, (tuple(found), learned)
-        return self._named[1]
-
-    def _asked(self, inner_steps: int, batch: TaskBatch, model: Any) -> Asked:
-        adapting, learned = self._names(model)
-        by_number: frozenset[str] = frozenset()
-        if self.rates.may_be_by_number:
-            named = dict(self.model.named_parameters())
-            by_number = self.rates.by_number({n: named[n] for n in adapting}, inner_steps)
-        return Asked(
-            self.loss if isinstance(self.loss, str) else id(self.loss),
-            inner_steps,
-            self.first_order,
-            self.backend,
-            self.fast_weights,
-            self.chunk_size,
-            torch.get_float32_matmul_precision(),
-            self.cuda_graphs,
-            adapting,
-            learned,
-            by_number,
-            bool(self.rates.learning()),
-            self.inner_optimizer,
-            self._step_weights(inner_steps),
-            batch.support_weight is not None or batch.query_weight is not None,
-            _wants_inputs(batch),
-            self.meta_gradient,
-            tuple(self._by_step),
-        )
-
-    def _step_weights(self, inner_steps: int) -> tuple[float, ...]:
-        """Of the module's own number of steps; with others, as in `adapt`, no query loss counts."""
-        if inner_steps != self.inner_steps:
-            return ()
-        return check_step_weights(self.step_weights, inner_steps)
-
-    def _problem(
-        self, inner_steps: int, planned: Planned, batch: TaskBatch, detached: bool = True
-    ) -> Problem:
-        named, asked = planned.named, planned.plan.asked
-        return Problem(
-            model=self.model,
-            parameters={name: p.detach() for name, p in named.items()} if detached else named,
-            loss=self.loss,
-            inner_steps=inner_steps,
-            first_order=self.first_order,
-            rates=self.rates.table(planned.adapting, inner_steps),
-            meta=asked.learned,
-            rule=self.inner_optimizer,
-            step_weights=asked.step_weights,
-            wants_inputs=asked.wants_inputs,
-            weighted_rows=asked.weighted_rows,
-            outer=self.meta_gradient,
-            by_step={name: values.detach() for name, values in self._by_step.items()},
-        )
-
-
-class _MetaStep(torch.autograd.Function):
-    """The loss as a function of parameters and rates; its gradient is known when it is."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        run: Callable[[], tuple[Outcome, Mapping[str, Tensor], list[Tensor]]],
-        reduction: str,
-        *inputs: Tensor,
-    ) -> tuple[Tensor, ...]:
-        outcome, found, rates = run()
-        if isinstance(found, FlatGradients):
-            ctx.like = found.like
-            ctx.save_for_backward(found.flat, *rates)
-        else:
-            ctx.like = None
-            ctx.save_for_backward(*found.values(), *rates)
-        rest = (outcome.task_losses, outcome.support_losses, outcome.query_outputs)
-        ctx.mark_non_differentiable(*rest)
-        return _reduce(outcome.task_losses, reduction), *rest
-
-    @staticmethod
-    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True: what follows would be lost in silence
-            raise RuntimeError("the meta-gradient of MAML cannot be differentiated once more")
-        scaled = [gradient * d_loss for gradient in ctx.saved_tensors]
-        if ctx.like is not None:
-            scaled[:1] = torch._C._nn.unflatten_dense_tensors(scaled[0], ctx.like)
-        return None, None, *scaled
-
-
-def _reduce(task_losses: Tensor, reduction: str) -> Tensor:
-    return task_losses.mean() if reduction == "mean" else task_losses.sum()
-
-
-def _of_steps(
-    model: nn.Module, patterns: object, inner_params: object, inner_steps: int
-) -> nn.ParameterDict:
-    """Values for each step of the parameters that match."""
-    named = dict(model.named_parameters())
-    found = matching("step_params", patterns, named) if patterns != () else []
-    both = set(found or ()) & set(matching("inner_params", inner_params, named) or ())
-    if both:
-        raise ValueError(
-            f"step_params and inner_params both have {sorted(both)}; what has values for each step "
-            "does not adapt: leave it out of one of them"
-        )
-    kept = nn.ParameterDict()
-    for name in found or ():
-        p = named[name].detach()
-        kept[name.replace(".", "/")] = nn.Parameter(p.repeat(inner_steps + 1, *(1,) * p.dim()))
-    return kept
-
-
-def _wants_inputs(batch: TaskBatch) -> bool:
-    return torch.is_grad_enabled() and (
-        getattr(batch.support_x, "requires_grad", False)
-        or getattr(batch.query_x, "requires_grad", False)
-    )

@@ -144,3 +144,26 @@ def test_inductor_takes_what_the_operation_gives(draw):
         found = {n: p.grad / 2 for n, p in maml.model.named_parameters()}
         if steps == 2:
             assert_close(found, wanted, 1e-12)
+
+
+@pytest.mark.parametrize("asked", ["weights", "inputs"])
+def test_what_the_operation_has_not_breaks_the_graph(asked, draw):
+    """Weights of rows, and gradients by the inputs: as without torch.compile."""
+    sizes = (3, 5, 2)
+    maml = MAML(draw.mlp(sizes), inner_lr=0.1)
+    batch = draw.batch("mse", 2, 4, 3, sizes)[:4]
+    weight = torch.ones(2, 4, dtype=torch.float64)
+    weight[:, 0] = 0
+    more = {"support_weight": weight} if asked == "weights" else {}
+
+    def found_by(call):
+        x = batch[0].clone().requires_grad_(asked == "inputs")
+        maml.zero_grad()
+        loss = call(x, *batch[1:], **more).loss
+        loss.backward()
+        return loss.detach(), x.grad, *(p.grad.clone() for p in maml.parameters())
+
+    found = found_by(torch.compile(maml, backend="eager"))
+    for mine, theirs in zip(found, found_by(maml), strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.equal(mine, theirs)
