@@ -19,6 +19,7 @@ class Tile {
     // With an arena that only counts, a tile to ask for sizes.
     Tile(const Program& program, Arena& arena) : chain_(program, arena), program_(program), S(program.steps) {
         for (const Fast& stage : chain_.fast) sum_numbers_ = put_sums<T>(stage.layer, sum_numbers_, places_);
+        zeros_ = arena.template take<T>(chain_.prelude_edges[0].features);
     }
 
     // Before the tasks that a thread takes of a call: parameters may have changed.
@@ -70,14 +71,14 @@ class Tile {
         load_targets(data.query_y, chain_.passes[S], first, count, program_.query_rows);
         set_weights(data.query_weight, chain_.passes[S].weights, first, count, count, program_.query_rows);
     }
-    void load_rows(const RowData& from, const RowData& weights, const View<T>& to, Index first, Index count, Index rows) {
-        if (weights.p) zeros_.resize(static_cast<std::size_t>(to.features));
+    void load_rows(const RowData& from, const RowData& weights, const View<T>& to, Index first, Index count, Index rows) const {
+        if (weights.p) std::memset(zeros_, 0, static_cast<std::size_t>(to.features) * sizeof(T));
         for (Index column = 0; column < to.columns; ++column) {
             const T* starts[L];
             for (Index lane = 0; lane < L; ++lane) {
                 const Row at = row_at(column, lane, first, count, rows);
                 const T* start = static_cast<const T*>(from.p) + at.task * from.by_task + at.row * from.by_row;
-                starts[lane] = row_counts<T>(weights, at.task, at.row) ? start : zeros_.data();
+                starts[lane] = row_counts<T>(weights, at.task, at.row) ? start : zeros_;
             }
             load_column<T>(starts, to, column);
         }
@@ -93,7 +94,7 @@ class Tile {
             store_column<T>(from, column, starts);
         }
     }
-    void load_targets(const RowData& from, const Pass& pass, Index first, Index count, Index rows) {
+    void load_targets(const RowData& from, const Pass& pass, Index first, Index count, Index rows) const {
         if (!from.p) return;
         if (program_.loss != LossKind::cross_entropy) return load_rows(from, {}, pass.y, first, count, rows);
         const auto* classes = static_cast<const std::int64_t*>(from.p);
@@ -214,7 +215,7 @@ class Tile {
     const Program& program_;
     const Index S;
     std::vector<Place> places_;
-    std::vector<T> zeros_;  // in place of a row that does not count
+    T* zeros_ = nullptr;  // in place of a row that does not count
     Index sum_numbers_ = 0;
 };
 

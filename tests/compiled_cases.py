@@ -106,15 +106,18 @@ def _plan(case: Case) -> Plan:
     from maml_fast.plan import Plan
 
     model, row = case.network.build(), case.network.row
-    adapting = [name for name, _ in model.named_parameters()]
-    asked = Asked(case.network.loss, case.S, False, "triton", "auto", None)
+    adapting = tuple(name for name, _ in model.named_parameters())
+    names = dict(adapting=adapting, learned=adapting)
+    asked = Asked(case.network.loss, case.S, False, "triton", "auto", None, **names)
     rows = (case.N, *row), (case.M, *row)
     shapes = Shapes(case.T, *rows, torch.float32, torch.device("cpu"))
-    layers, refusals = plan_layers(model, asked, shapes, adapting)
+    parts, refusals = plan_layers(model, asked, shapes)
     assert not refusals
-    layers, triton = triton_plan.plan_for_triton(layers, asked, shapes, adapting)
+    layers, triton = triton_plan.plan_for_triton(parts.above, asked, shapes, adapting)
     output = (case.M, *_output(case.network))
-    return Plan("triton", "", asked, shapes, output, case.T, layers, triton=triton)
+    return Plan(
+        "triton", "", asked, shapes, output, case.T, layers, moving=list(adapting), triton=triton
+    )
 
 
 def _output(network: Network) -> tuple[int, ...]:

@@ -34,6 +34,12 @@ def poisoned_buffers():
 
 
 @pytest.fixture
+def alone(monkeypatch):
+    """For pytest within a test: pytest-benchmark times nothing in workers of pytest-xdist."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
+@pytest.fixture
 def draw() -> Draw:
     return Draw(seed=0)
 

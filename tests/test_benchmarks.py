@@ -16,6 +16,8 @@ from benchmarks.networks import OMNIGLOT_FC, POLICY, SINUSOID, perceptron
 from benchmarks.peers import AutogradLoop, CompiledVmapGrad, JaxJit, ParallelMetalearn, VmapGrad
 from benchmarks.results import Results, Row
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 CPU = torch.device("cpu")
 TINY = {
     "omniglot-fc": Case(OMNIGLOT_FC, T=2, S=1, N=5, M=15),

@@ -23,6 +23,8 @@ ON_GPU = SimpleNamespace(
     episodes=SimpleNamespace(support_x=SimpleNamespace(device=torch.device("cuda")))
 )
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 
 @pytest.fixture
 def pretended(monkeypatch):

@@ -36,6 +36,8 @@ TINY = {
 BOUND = 1e-5  # no kink lies near in these
 ZERO = "4.bias"  # of a convolution before batch norm
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 
 @pytest.fixture(scope="module", params=TINY)
 def tiny(request):

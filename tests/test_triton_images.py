@@ -125,7 +125,7 @@ def check(case, **options):
     single = copy.copy(case)
     single.model, single.batch = (
         copy.deepcopy(case.model).float(),
-        TaskBatch(*(t.float() if t.is_floating_point() else t for t in case.batch)),
+        TaskBatch(*(t.float() if t.is_floating_point() else t for t in case.batch[:4])),
     )
     plain = single.wanted()[1]
     found, own = case.found(outcome), case.found(own)
@@ -256,7 +256,7 @@ def test_tensors_that_are_not_contiguous(draw):
     parameters = {}
     for name, p in case.problem.parameters.items():
         parameters[name] = p.mT.contiguous().mT if p.dim() > 1 else p.repeat_interleave(2)[::2]
-    strided = [t.mT.contiguous().mT if t.dim() > 2 else t for t in case.own_batch]
+    strided = [t.mT.contiguous().mT if t.dim() > 2 else t for t in case.own_batch[:4]]
     case.problem = dataclasses.replace(case.problem, parameters=parameters)
     found = case.run(batch=TaskBatch(*strided))
     for name, tensor in wanted.gradients.items():
