@@ -23,12 +23,15 @@ def check_finite(plan: Plan, problem: Problem, batch: TaskBatch, outcome: Outcom
     found = [outcome.task_losses.detach(), outcome.support_losses.detach()]
     found += (outcome.gradients or {}).values()
     found += (outcome.rate_gradients or {}).values()
+    found += outcome.input_gradients or ()
     # One number, one wait for the device. A sum of finite numbers may overflow: look closer then.
     total = torch.stack([tensor.sum() for tensor in found]).sum().item()
     if math.isfinite(total):
         return
     check_losses(outcome.support_losses, outcome.task_losses)
-    gradients = {**(outcome.gradients or {}), **(outcome.rate_gradients or {})}
+    by_input = zip(("support_x", "query_x"), outcome.input_gradients or (), strict=False)
+    rates = {f"rates of {name}": g for name, g in (outcome.rate_gradients or {}).items()}
+    gradients = {**(outcome.gradients or {}), **rates, **dict(by_input)}
     bad = [name for name, tensor in gradients.items() if not tensor.isfinite().all()]
     if bad:
         tasks = _bisect(plan, problem, batch, 0)
@@ -61,6 +64,7 @@ def _bisect(plan: Plan, problem: Problem, batch: TaskBatch, start: int) -> list[
     outcome = meta_step.run(plan, problem, batch, gradient=True)
     found: list[Tensor] = [*(outcome.gradients or {}).values()]
     found += (outcome.rate_gradients or {}).values()
+    found += outcome.input_gradients or ()
     if all(tensor.isfinite().all() for tensor in found):
         return []
     if batch.tasks == 1:

@@ -140,8 +140,10 @@ class Adam(InnerRule):
 
     def start(self, parameters: Tensors) -> Any:
         zeros = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        step = next(iter(parameters.values())).new_zeros(()) if parameters else torch.zeros(())
-        return {"first": zeros, "second": dict(zeros), "steps": step}
+        device = next((p.device for p in parameters.values()), None)
+        # In few digits 1 - beta^steps would be lost.
+        steps = torch.zeros((), dtype=torch.float64, device=device)
+        return {"first": zeros, "second": dict(zeros), "steps": steps}
 
     def step(
         self, parameters: Tensors, gradients: Tensors, rates: Tensors, state: Any
@@ -154,8 +156,8 @@ class Adam(InnerRule):
                 g = g + self.weight_decay * parameters[name]
             first[name] = beta1 * state["first"][name] + (1 - beta1) * g
             second[name] = beta2 * state["second"][name] + (1 - beta2) * g * g
-            size = _root(second[name] / (1 - beta2**steps))
-            mean = first[name] / (1 - beta1**steps)
+            size = _root(second[name] / (1 - beta2**steps).to(g.dtype))
+            mean = first[name] / (1 - beta1**steps).to(g.dtype)
             moved[name] = parameters[name] - rates[name] * mean / (size + self.eps)
         return moved, {"first": first, "second": second, "steps": steps}
 

@@ -165,9 +165,9 @@ def check_classes(batch: TaskBatch, classes: int) -> None:
             )
 
 
-def check_row_weights(name: str, weight: object, x: Tensor) -> None:
-    """Weights [T, rows] of a batch's rows: bool or floating, none below 0, and in each task some
-    row above. Raises TypeError or ValueError."""
+def check_row_weights(name: str, weight: object, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights [T, rows] of a batch's rows in the model's dtype: bool or floating, none below 0, and
+    in each task some row above. Raises TypeError or ValueError."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} is {type(weight).__name__}; wanted is a torch.Tensor or None")
     if weight.shape != x.shape[:2]:
@@ -180,8 +180,12 @@ def check_row_weights(name: str, weight: object, x: Tensor) -> None:
         raise TypeError(f"{name} is {weight.dtype}; wanted is bool or a floating type")
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires grad, and no gradient is computed for it; detach it")
-    if not bool((weight.isfinite() & (weight >= 0)).all()):
-        raise ValueError(f"{name} holds a negative, infinite or NaN weight; wanted are 0 or more")
+    weight = weight.to(dtype)
+    if not bool((weight.sum(1).isfinite() & (weight >= 0).all(1)).all()):
+        raise ValueError(
+            f"{name} holds a negative, infinite or NaN weight, or more than {dtype} can add up; "
+            "wanted are 0 or more"
+        )
     empty = (weight == 0).all(1).nonzero().flatten().tolist()
     if empty:
         shown = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
@@ -189,3 +193,4 @@ def check_row_weights(name: str, weight: object, x: Tensor) -> None:
             f"{name} is 0 in all rows of task {shown}; wanted is at least one row above 0 in each "
             "task, or leave the task out"
         )
+    return weight

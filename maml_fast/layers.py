@@ -203,8 +203,8 @@ def plan_layers(
         refusals.append(f"loss is a callable; planned are {', '.join(LOSSES)}")
     if not isinstance(asked.rule, SGD) or not asked.rule.linear:
         refusals.append(
-            f"inner_optimizer {asked.rule} is not linear in gradients; planned is SGD, with "
-            "momentum and weight decay"
+            f"inner_optimizer {asked.rule} is not planned; planned is SGD, with momentum and "
+            "weight decay"
         )
     if asked.by_step:
         refusals.append(

@@ -17,6 +17,7 @@ from maml_fast.finite import check_finite, check_losses
 from maml_fast.inputs import check_batch, check_classes, check_row_weights, check_targets
 from maml_fast.layers import Asked
 from maml_fast.options import check_count
+from maml_fast.outer import Reptile
 from maml_fast.plan import Plan
 from maml_fast.planner import Planned
 from maml_fast.problem import FlatGradients, Outcome, Problem, TaskBatch
@@ -141,9 +142,7 @@ class MAML(Settings):
             ("query_weight", data[5], batch.query_x),
         ):
             if weight is not None:
-                weight = recordable(weight)
-                check_row_weights(name, weight, x)
-                weight = weight.to(dtype)
+                weight = check_row_weights(name, recordable(weight), x, dtype)
             weights.append(weight)
         return blank_targets(TaskBatch(*batch[:4], *weights))
 
@@ -229,7 +228,7 @@ class MAML(Settings):
         found, by_rate = outcome.gradients, outcome.rate_gradients
         assert found is not None and by_rate is not None
         rest = self.rates.gather(by_rate) if self.rates.learning() else []
-        rest += outcome.input_gradients or ()
+        rest += [by_x.contiguous() for by_x in outcome.input_gradients or ()]
         if self.reduction == "mean":
             whole = [found.flat] if isinstance(found, FlatGradients) else list(found.values())
             if whole or rest:
@@ -262,7 +261,8 @@ class MAML(Settings):
         with using(self.model, plan), plain(x.device):
             # Copies: what was adapted stays, whatever becomes of the model and of the data.
             own = {name: p.clone() for name, p in problem.parameters.items()}
-            problem = dataclasses.replace(problem, parameters=own)
+            by_step = {name: values.clone() for name, values in problem.by_step.items()}
+            problem = dataclasses.replace(problem, parameters=own, by_step=by_step)
             adapted = meta_step.adapt(plan, problem, batch._replace(support_x=x.clone()))
         check_losses(adapted.support_losses)
         return AdaptedModels(x, adapted, self.model, plan)
@@ -279,7 +279,8 @@ class MAML(Settings):
         query_weight: Tensor | None = None,
     ) -> Trajectory:
         """Losses and accuracies of support and query step by step, and the adapted parameters; no
-        gradients. The inner loop runs anew for each step. Data and errors are those of `forward`.
+        gradients. The inner loop runs anew for each step. Data and errors are those of `forward`,
+        but that losses which are not finite are shown as they are.
         """
         data = support_x, support_y, query_x, query_y, support_weight, query_weight
         batch = self._batch(*data)
@@ -316,6 +317,11 @@ class MAML(Settings):
         self._check_options()
         model = signature(self.model)
         asked = self._asked(inner_steps, batch, model)
+        if asked.wants_inputs and isinstance(self.meta_gradient, Reptile):
+            raise ValueError(
+                "support_x or query_x requires grad, and meta_gradient Reptile gives no gradient "
+                "by the data; detach them"
+            )
         call = self._call(batch, asked, model)
         planned = self._planner.recall(call)
         if planned is not None:

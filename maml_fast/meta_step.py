@@ -5,6 +5,8 @@ What a pass computes, and in which order: `maml_fast.backends.stepping`, for bac
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from maml_fast.backends.body import Body
 from maml_fast.backends.functional import FunctionalStepper
 from maml_fast.backends.planned import PlannedStepper
 from maml_fast.losses import LOSSES, WeightedRows
+from maml_fast.ops import BatchNorm
 from maml_fast.outer import Reptile
 from maml_fast.plan import PLANNED, Plan
 from maml_fast.problem import AdaptedTasks, Outcome, Problem, Stepper, TaskBatch
@@ -43,6 +46,7 @@ def _run_groups(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) 
     """The rows that count alone, tasks with as many of them together."""
     total: Outcome | None = None
     for tasks, group in in_groups(batch):
+        _check_statistics(plan, tasks, group)
         outcome = spread(_run_passes(plan, problem, group, gradient), tasks, batch)
         if total is None:
             total = outcome
@@ -58,6 +62,19 @@ def _run_groups(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) 
     if total.input_gradients is not None:
         total.input_gradients = by_task["by_support"], by_task["by_query"]
     return total
+
+
+def _check_statistics(plan: Plan, tasks: Tensor, group: TaskBatch) -> None:
+    """A batch norm of single numbers wants two rows that count."""
+    layers = (*plan.body, *plan.layers)
+    if not any(isinstance(x.link.op, BatchNorm) and math.prod(x.features[1:]) == 1 for x in layers):
+        return
+    for name, x in (("support_weight", group.support_x), ("query_weight", group.query_x)):
+        if x.shape[1] == 1:
+            raise ValueError(
+                f"{name} leaves one row in task {tasks[0].item()}, which has no variance for the "
+                "model's batch norm; wanted are two rows above 0, or more"
+            )
 
 
 def _by_task(outcome: Outcome) -> list[tuple[str, Tensor]]:
@@ -129,6 +146,7 @@ def _run_chunk(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -
 
 
 def _run_reptile(plan: Plan, problem: Problem, batch: TaskBatch) -> Outcome:
+    batch = blank_inputs(batch)
     adapted = adapt(plan, problem, batch)
     outputs = adapted.predict(batch.query_x)
     if isinstance(problem.loss, str):

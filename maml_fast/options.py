@@ -56,6 +56,13 @@ def check_rule(rule: object) -> None:
             f"inner_optimizer is {found}; wanted is a maml_fast.inner.SGD(...), Adam(...), or an "
             "object of another class that derives from maml_fast.inner.InnerRule"
         )
+    try:
+        hash(rule)
+    except TypeError as error:
+        raise TypeError(
+            f"inner_optimizer {type(rule).__name__} cannot be hashed, as a rule must: make it a "
+            "dataclass with frozen=True, or no dataclass"
+        ) from error
 
 
 def check_meta_gradient(

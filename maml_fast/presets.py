@@ -31,7 +31,7 @@ def anil(model: nn.Module, head: Sequence[str], **options: Any) -> MAML:
 
     head: names or patterns of its parameters, as in ["fc.*"].
     """
-    return MAML(model, **{"inner_params": list(head), **options})
+    return MAML(model, **{"inner_params": head, **options})
 
 
 def boil(model: nn.Module, head: Sequence[str], **options: Any) -> MAML:
@@ -78,7 +78,7 @@ def mamlpp(
 
     inner_lr: where the rates begin; norms: names or patterns of the norms' parameters.
     """
-    by_step = matching("norms", list(norms) or None, dict(model.named_parameters())) or []
+    by_step = matching("norms", norms or None, dict(model.named_parameters())) or []
     rates = {
         name: nn.Parameter(torch.full((inner_steps,), inner_lr, dtype=p.dtype, device=p.device))
         for name, p in model.named_parameters()
@@ -124,7 +124,7 @@ def cavia(model: nn.Module, context: Sequence[str] = ("context",), **options: An
     context: names or patterns; with requires_grad=False, as in the paper, they begin at what they
     are, 0 there, and are not learned.
     """
-    return MAML(model, **{"inner_params": list(context), **options})
+    return MAML(model, **{"inner_params": context, **options})
 
 
 def reptile(model: nn.Module, **options: Any) -> MAML:

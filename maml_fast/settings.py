@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,13 +63,16 @@ class Settings(nn.Module):
         self.chunk_size = chunk_size
         self.fast_weights = fast_weights
         self.cuda_graphs = cuda_graphs
-        self.inner_params = inner_params
+        # A generator would be used up, and what is no list is refused below.
+        names: Any = inner_params
+        kept = isinstance(names, str) or not isinstance(names, Iterable)
+        self.inner_params = names if kept else list(names)
         self.inner_optimizer = SGD() if inner_optimizer is None else inner_optimizer
         self.step_weights = step_weights
         self.meta_gradient = meta_gradient
-        self.step_params = _of_steps(model, step_params, inner_params, inner_steps)
+        self.step_params = _of_steps(model, step_params, inner_steps)
         self._check_options()
-        matching("inner_params", inner_params, dict(model.named_parameters()))
+        matching("inner_params", self.inner_params, dict(model.named_parameters()))
         self._planner = Planner()
         self._named: tuple[Any, Any] | None = None  # of `_names`
         self._number = custom_op.number_of(self)
@@ -105,7 +108,7 @@ class Settings(nn.Module):
             check_meta_gradient(
                 self.meta_gradient,
                 self.inner_optimizer,
-                self.step_weights,
+                self._step_weights(self.inner_steps),
                 learns,
                 self.first_order,
             )
@@ -133,8 +136,19 @@ class Settings(nn.Module):
             named = dict(self.model.named_parameters())
             learned = tuple(name for name, p in named.items() if p.requires_grad)
             found = matching("inner_params", chosen, named)
+            of_steps = self._by_step
             if found is None:
-                found = [name for name in learned if name not in self._by_step]
+                found = [name for name in learned if name not in of_steps]
+            if both := sorted(set(found) & set(of_steps)):
+                raise ValueError(
+                    f"step_params and inner_params both have {both}; what has values for each step "
+                    "does not adapt: leave it out of one of them"
+                )
+            if frozen := [name for name in of_steps if name not in learned]:
+                raise ValueError(
+                    f"step_params has {frozen}, which do not require grad in the model; what has "
+                    "values for each step is learned"
+                )
             self._named = key, (tuple(found), learned)
         return self._named[1]
 
@@ -192,18 +206,10 @@ class Settings(nn.Module):
         )
 
 
-def _of_steps(
-    model: nn.Module, patterns: object, inner_params: object, inner_steps: int
-) -> nn.ParameterDict:
+def _of_steps(model: nn.Module, patterns: object, inner_steps: int) -> nn.ParameterDict:
     """Values for each step of the parameters that match."""
     named = dict(model.named_parameters())
     found = matching("step_params", patterns, named) if patterns != () else []
-    both = set(found or ()) & set(matching("inner_params", inner_params, named) or ())
-    if both:
-        raise ValueError(
-            f"step_params and inner_params both have {sorted(both)}; what has values for each step "
-            "does not adapt: leave it out of one of them"
-        )
     kept = nn.ParameterDict()
     for name in found or ():
         p = named[name].detach()

@@ -94,7 +94,11 @@ def _with_few_queries(batch: TaskBatch) -> TaskBatch:
     """No more query rows than support rows, or five: autograd's graph of many large images would
     need more memory than the meta-step that it judges, whose layers treat all rows alike."""
     few = max(batch.support_x.shape[1], 5)
-    return batch._replace(query_x=batch.query_x[:, :few], query_y=batch.query_y[:, :few])
+    x, y, weight = batch.query_x, batch.query_y, batch.query_weight
+    if weight is None:
+        return batch._replace(query_x=x[:, :few], query_y=y[:, :few])
+    rows = (weight[0] == 0).sort(stable=True).indices[:few]  # of one task; those that count first
+    return batch._replace(query_x=x[:, rows], query_y=y[:, rows], query_weight=weight[:, rows])
 
 
 def _has_kink(plan: Plan) -> bool:

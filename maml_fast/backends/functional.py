@@ -214,6 +214,8 @@ class FunctionalStepper:
     def pull_back(self, adjoint: Adjoint, fast: Fast, step: int) -> Adjoint:
         first_order, gradient = self.problem.first_order, None
         lam = adjoint.moving
+        if not lam:  # nothing moved, and the query depends on no support row
+            return adjoint
         if not self.plain or (first_order and self.rate_gradients):
             gradient = self._gradient(fast, query=False)[0][0]
         if self.plain:
@@ -309,6 +311,8 @@ class FunctionalStepper:
         assert isinstance(outer, Implicit)
         assert isinstance(rule, SGD)
         strength = rule.proximal
+        if not adjoint.moving:
+            return adjoint, self.batch.support_x.new_zeros(self.batch.tasks)
 
         def curved(x: Parameters) -> Parameters:
             product = self.tangents_of_gradient(fast, x)[1][0]
@@ -364,9 +368,10 @@ class AdaptedByFunctional:
         """{name: [T, *shape]}"""
         tasks, stepper = self.stepper.batch.tasks, self.stepper
         own = {} if self.fast.shared else self.fast.theta
+        of_all = {**stepper.problem.parameters, **stepper._still_at(self.fast.step)}
         return {
             name: own[name] if name in own else tensor.expand(tasks, *tensor.shape)
-            for name, tensor in stepper.problem.parameters.items()
+            for name, tensor in of_all.items()
         }
 
 

@@ -191,14 +191,22 @@ def _implicit(
     with the whole Hessian: x = (H + strength)^-1 q, theta_0's is strength x."""
     assert isinstance(problem.rule, SGD)
     names, strength = problem.adapting, problem.rule.proximal
+    if not names:
+        judged = _loss(problem, _predict(problem, theta, query.x, problem.inner_steps), query)
+        return list(torch.autograd.grad(judged, wanted, materialize_grads=True))
     point = {**theta, **{name: adapted[name].detach().requires_grad_() for name in names}}
     moving = [point[name] for name in names]
     last = problem.inner_steps
     loss = _loss(problem, _predict(problem, point, support.x, last), support)
     gradient = torch.cat(
-        [g.flatten() for g in torch.autograd.grad(loss, moving, create_graph=True)]
+        [
+            g.flatten()
+            for g in torch.autograd.grad(loss, moving, create_graph=True, materialize_grads=True)
+        ]
     )
-    rows = [torch.autograd.grad(g, moving, retain_graph=True) for g in gradient]
+    rows = [
+        torch.autograd.grad(g, moving, retain_graph=True, materialize_grads=True) for g in gradient
+    ]
     hessian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
     judged = _loss(problem, _predict(problem, point, query.x, last), query)
     others = [tensor for tensor in wanted if not any(tensor is theta[name] for name in names)]
@@ -278,4 +286,12 @@ class AdaptedByReference:
 
     def parameters(self) -> dict[str, Tensor]:
         """{name: [T, *shape]}"""
-        return {name: torch.stack([task[name] for task in self.tasks]) for name in self.tasks[0]}
+        step, of_steps = self.problem.inner_steps, self.problem.by_step
+
+        def own(task: dict[str, Tensor], name: str) -> Tensor:
+            values = task[name]
+            return values[min(step, len(values) - 1)] if name in of_steps else values
+
+        return {
+            name: torch.stack([own(task, name) for task in self.tasks]) for name in self.tasks[0]
+        }
