@@ -12,7 +12,8 @@ IN_WORKERS := -n $(WORKERS) --dist worksteal
 BIN := $(VENV)/bin
 DEMO := runs/demo
 SANITIZED := $(VENV)-sanitized
-SANITIZE_TESTS := tests/test_cpu.py tests/test_cpu_norms.py tests/test_cpu_images.py tests/test_cpu_data.py tests/test_cpu_threads.py tests/test_operations_cpu.py \
+SANITIZE_TESTS := tests/test_cpu.py tests/test_cpu_norms.py tests/test_cpu_images.py tests/test_cpu_images_edges.py \
+    tests/test_cpu_family.py tests/test_cpu_rules.py tests/test_cpu_data.py tests/test_cpu_threads.py tests/test_operations_cpu.py \
     tests/test_adapt.py tests/test_rates.py tests/test_meta_gradient.py
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_TESTS := $(addprefix tests/test_,$(addsuffix .py,gpu triton triton_layers attend matmul operations_triton losses_triton \

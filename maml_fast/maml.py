@@ -23,7 +23,7 @@ from maml_fast.planner import Planned
 from maml_fast.problem import FlatGradients, Outcome, Problem, TaskBatch
 from maml_fast.results import AdaptedModels, MetaStepResult, Trajectory
 from maml_fast.rows import blank_targets
-from maml_fast.settings import Settings
+from maml_fast.settings import Settings, wants_inputs
 from maml_fast.signature import signature
 from maml_fast.surroundings import plain, recordable, using
 from maml_fast.trajectory import trajectory
@@ -295,8 +295,9 @@ class MAML(Settings):
         x, q = recordable(support_x), recordable(query_x)
         batch = TaskBatch(x, x.detach(), q, q.detach())
         check_batch(batch, next(self.model.parameters(), None))
-        asked = self._asked(self.inner_steps, batch, signature(self.model))
+        wants = wants_inputs(batch)
         with using(self.model), plain(x.device):
+            asked = self._asked(self.inner_steps, batch, signature(self.model), wants)
             planned = self._planner.plan_for(self.model, self.loss, asked, batch)
             if not planned.sure:  # without targets: the squared distance from zeros stands in
                 zeros = [
@@ -315,22 +316,25 @@ class MAML(Settings):
         """The checked call's plan, and its problem. Not `detached`: where the backend reads no more
         than the parameters' memory, they are handed over as they are."""
         self._check_options()
-        model = signature(self.model)
-        asked = self._asked(inner_steps, batch, model)
-        if asked.wants_inputs and isinstance(self.meta_gradient, Reptile):
+        wants, enabled = wants_inputs(batch), torch.is_grad_enabled()
+        if wants and isinstance(self.meta_gradient, Reptile):
             raise ValueError(
                 "support_x or query_x requires grad, and meta_gradient Reptile gives no gradient "
                 "by the data; detach them"
             )
-        call = self._call(batch, asked, model)
-        planned = self._planner.recall(call)
-        if planned is not None:
-            detached = detached or not planned.plan.reads_memory
-            if self.loss == "cross_entropy" and detached:  # else `_run` hears of it from the loss
-                check_classes(batch, planned.outputs[1].shape[-1])
-            return planned, self._problem(inner_steps, planned, batch, detached)
+        model = signature(self.model)
+        if self._knows(model):
+            asked = self._asked(inner_steps, batch, model, wants)
+            planned = self._planner.recall(self._call(batch, asked, model, enabled))
+            if planned is not None:
+                detached = detached or not planned.plan.reads_memory
+                if self.loss == "cross_entropy" and detached:  # else `_run` hears of it by the loss
+                    check_classes(batch, planned.outputs[1].shape[-1])
+                return planned, self._problem(inner_steps, planned, batch, detached)
         check_batch(batch, next(self.model.parameters(), None))
         with using(self.model), plain(batch.support_x.device):
+            model = signature(self.model)
+            asked = self._asked(inner_steps, batch, model, wants)
             planned = self._planner.plan_for(self.model, self.loss, asked, batch)
             check_targets("support_y", batch.support_y, planned.outputs[0], self.loss)
             check_targets("query_y", batch.query_y, planned.outputs[1], self.loss)
@@ -340,17 +344,19 @@ class MAML(Settings):
             if not planned.sure:
                 planned.sure = planned.try_out(problem, batch)
             if planned.sure:
-                self._planner.remember(call, planned)
+                self._planner.remember(self._call(batch, asked, model, enabled), planned)
         return planned, problem
 
-    def _call(self, batch: TaskBatch, asked: Asked, model: Any) -> tuple[Any, ...] | None:
+    def _call(
+        self, batch: TaskBatch, asked: Asked, model: Any, enabled: bool
+    ) -> tuple[Any, ...] | None:
         """All that `check_batch`, `check_targets` and a plan depend on: a call that was right once
         is not looked at again."""
         if not all(type(t) in PLAIN_TENSORS and not t.is_nested for t in batch.tensors):
             return None
         return (
             *((t.shape, t.dtype, t.device, t.layout, t.requires_grad) for t in batch.tensors),
-            torch.is_grad_enabled(),
+            enabled,
             asked,
             model,
         )

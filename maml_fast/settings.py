@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,13 @@ from maml_fast.plan import BACKENDS, FAST_WEIGHTS
 from maml_fast.planner import Planned, Planner
 from maml_fast.problem import Loss, Problem, TaskBatch
 from maml_fast.rates import InnerRates, Rate
+
+
+class Names(NamedTuple):
+    """The parameters that adapt, and the names of those that get a meta-gradient."""
+
+    adapting: dict[str, nn.Parameter]
+    learned: tuple[str, ...]
 
 
 class Settings(nn.Module):
@@ -74,7 +81,7 @@ class Settings(nn.Module):
         self._check_options()
         matching("inner_params", self.inner_params, dict(model.named_parameters()))
         self._planner = Planner()
-        self._named: tuple[Any, Any] | None = None  # of `_names`
+        self._named: tuple[Any, Names] | None = None  # of `_names`
         self._number = custom_op.number_of(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -128,14 +135,20 @@ class Settings(nn.Module):
         """`step_params` by the names of the model's."""
         return {key.replace("/", "."): values for key, values in self.step_params.items()}
 
-    def _names(self, model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The parameters that adapt, and those that get a meta-gradient; `model`: its signature."""
-        chosen = self.inner_params
-        key = model, None if chosen is None else tuple(chosen)
-        if self._named is None or self._named[0] != key:
+    def _knows(self, model: Any) -> bool:
+        """Whether the names of a model of this signature were found before. Else whoever asks must
+        hold the model (`surroundings.using`): another thread may have put other tensors into it."""
+        return self._named is not None and self._named[0] == (model, self._chosen())
+
+    def _chosen(self) -> tuple[str, ...] | None:
+        return None if self.inner_params is None else tuple(self.inner_params)
+
+    def _names(self, model: Any) -> Names:
+        """Of a model with this signature."""
+        if self._named is None or not self._knows(model):
             named = dict(self.model.named_parameters())
             learned = tuple(name for name, p in named.items() if p.requires_grad)
-            found = matching("inner_params", chosen, named)
+            found = matching("inner_params", self.inner_params, named)
             of_steps = self._by_step
             if found is None:
                 found = [name for name in learned if name not in of_steps]
@@ -149,15 +162,16 @@ class Settings(nn.Module):
                     f"step_params has {frozen}, which do not require grad in the model; what has "
                     "values for each step is learned"
                 )
-            self._named = key, (tuple(found), learned)
+            names = Names({name: named[name] for name in found}, learned)
+            self._named = (model, self._chosen()), names
         return self._named[1]
 
-    def _asked(self, inner_steps: int, batch: TaskBatch, model: Any) -> Asked:
-        adapting, learned = self._names(model)
+    def _asked(self, inner_steps: int, batch: TaskBatch, model: Any, wants_inputs: bool) -> Asked:
+        """`model`: its signature, see `_knows`."""
+        names = self._names(model)
         by_number: frozenset[str] = frozenset()
         if self.rates.may_be_by_number:
-            named = dict(self.model.named_parameters())
-            by_number = self.rates.by_number({n: named[n] for n in adapting}, inner_steps)
+            by_number = self.rates.by_number(names.adapting, inner_steps)
         return Asked(
             self.loss if isinstance(self.loss, str) else id(self.loss),
             inner_steps,
@@ -167,14 +181,14 @@ class Settings(nn.Module):
             self.chunk_size,
             torch.get_float32_matmul_precision(),
             self.cuda_graphs,
-            adapting,
-            learned,
+            tuple(names.adapting),
+            names.learned,
             by_number,
             bool(self.rates.learning()),
             self.inner_optimizer,
             self._step_weights(inner_steps),
             batch.support_weight is not None or batch.query_weight is not None,
-            _wants_inputs(batch),
+            wants_inputs,
             self.meta_gradient,
             tuple(self._by_step),
         )
@@ -217,7 +231,8 @@ def _of_steps(model: nn.Module, patterns: object, inner_steps: int) -> nn.Parame
     return kept
 
 
-def _wants_inputs(batch: TaskBatch) -> bool:
+def wants_inputs(batch: TaskBatch) -> bool:
+    """Whether gradients by the rows are asked for."""
     return torch.is_grad_enabled() and (
         getattr(batch.support_x, "requires_grad", False)
         or getattr(batch.query_x, "requires_grad", False)
