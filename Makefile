@@ -46,8 +46,7 @@ test: $(VENV)/.installed-test ## Run the tests
 sanitize: $(SANITIZED)/.installed ## Run the C++ backend's tests with the address and undefined-behaviour sanitizers
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    OMP_NUM_THREADS=1 $(SANITIZED)/bin/python -m pytest -q -p no:cacheprovider --capture=sys $(IN_WORKERS) \
-	    $(SANITIZE_TESTS) $(ARGS)
+	    $(SANITIZED)/bin/python -m pytest -q -p no:cacheprovider --capture=sys $(SANITIZE_TESTS) $(ARGS)
 
 $(SANITIZED)/.installed: $(INSTALLED_FROM) $(VENV)/.installed-test
 	$(BIN)/python -m venv $(SANITIZED)

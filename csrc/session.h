@@ -96,7 +96,8 @@ class ProgramSession final : public Session {
     void run_chunk(const Job& job, Index chunk, TileOf& tile) {
         Partial<T> sums{nullptr, nullptr};
         if (program_.gradient) {
-            std::memset(partials_.p + chunk * partial_bytes(), 0, static_cast<std::size_t>(partial_bytes()));
+            // Of gradients by the data alone there are no sums, and no memory for them.
+            if (partials_.p) std::memset(partials_.p + chunk * partial_bytes(), 0, static_cast<std::size_t>(partial_bytes()));
             sums = partial(chunk);
         }
         const Index end = (chunk + 1) * job.tiles / job.chunks;
