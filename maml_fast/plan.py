@@ -63,7 +63,9 @@ class Plan:
     @property
     def rows_meet(self) -> bool:
         """Whether a task's rows may see each other in the model, as in batch norm."""
-        return self.backend not in PLANNED or bool(self.batch_norms)
+        layers = (*self.body, *self.layers)
+        norms = any(isinstance(layer.link.op, BatchNorm) for layer in layers)
+        return self.backend not in PLANNED or norms
 
     @property
     def flops(self) -> int:

@@ -84,6 +84,9 @@ class Settings(nn.Module):
         self._named: tuple[Any, Names] | None = None  # of `_names`
         self._number = custom_op.number_of(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_named": None}  # it knows objects by their ids
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         of_old = {
             "cuda_graphs": True,

@@ -34,6 +34,19 @@ def poisoned_buffers():
 
 
 @pytest.fixture
+def output(tmp_path):
+    """Of a command that trains."""
+    return tmp_path / "run"
+
+
+@pytest.fixture(params=ENGINES)
+def instructions(request, monkeypatch):
+    """One instruction set of the C++ backend."""
+    monkeypatch.setenv(cpu_features.FORCED, request.param)
+    return request.param
+
+
+@pytest.fixture
 def alone(monkeypatch):
     """For pytest within a test: pytest-benchmark times nothing in workers of pytest-xdist."""
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)

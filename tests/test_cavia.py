@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from maml_fast import MAML
 from maml_fast.checkpoint import load_checkpoint
-from maml_fast.cli import main
 from maml_fast.config import ConfigError
 from maml_fast.config_sinusoid import SinusoidConfig
 from maml_fast.evaluate import evaluate_sinusoid, paper_for
@@ -17,26 +16,14 @@ from maml_fast.kinds import load_trained
 from maml_fast.models import CONTEXT, ContextInput, cavia_sinusoid
 from maml_fast.run_sinusoid import SinusoidRun
 from maml_fast.tasks import SinusoidTasks
+from tests.command import error, run
 
 SMALL = "--iterations 4 --tasks 2 --shots 3 --query-shots 4 --hidden 6 5 --threads 1"
 PAPERS = {"method": "cavia", "inner_lr": 1.0, "context_size": 5}
 
 
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
-
-
 def train(output, *arguments):
     return run("train", "sinusoid", "--output", output, *arguments)
-
-
-def error(capsys):
-    """The one line on stderr of a command that failed."""
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("maml-fast: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def predict(layers, x, context):

@@ -14,35 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from maml_fast.checkpoint import load_checkpoint
-from maml_fast.cli import main
+from tests.command import config_of, error, run
 
 SMALL = "--iterations 4 --tasks 2 --shots 3 --hidden 4 4 --threads 1"
 
 
-@pytest.fixture
-def output(tmp_path):
-    return tmp_path / "run"
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
-
-
 def train(output, *arguments):
     return run("train", "sinusoid", "--output", output, *arguments)
-
-
-def config_of(output):
-    return load_checkpoint(output / "checkpoint.safetensors").config
-
-
-def error(capsys):
-    """The one line on stderr of a command that failed."""
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("maml-fast: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def test_training_says_where_the_checkpoint_is_and_how_to_evaluate_it(output, capsys):

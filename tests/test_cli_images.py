@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from maml_fast.checkpoint import load_checkpoint
-from maml_fast.cli import main
 from maml_fast.evaluate_images import answer_task, evaluate_images
 from maml_fast.image_data import evaluation_images
 from maml_fast.kinds import load_trained
+from tests.command import config_of, error
+from tests.command import run_words as run
 from tests.pictures import characters, make_archive, make_folder
 
 SMALL = "--ways 3 --tasks 2 --validate-every 2 --validation-tasks 3 --threads 1 --backend reference"
@@ -30,29 +31,6 @@ def archive(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     return make_folder(tmp_path / "images", classes=8)
-
-
-@pytest.fixture
-def output(tmp_path):
-    return tmp_path / "run"
-
-
-def run(*arguments):
-    words = [word for text in arguments for word in str(text).split()]
-    return main(words)
-
-
-def config_of(output):
-    return load_checkpoint(output / "checkpoint.safetensors").config
-
-
-def error(capsys):
-    """The one line on stderr of a command that failed."""
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("maml-fast: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def test_omniglot_from_training_to_pictures(archive, output, tmp_path, capsys):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from maml_fast.cli import main
+from tests.command import error
+from tests.command import run_words as run
 from tests.pictures import make_folder
 
 SMALL = "--ways 3 --tasks 2 --validate-every 2 --validation-tasks 3 --threads 1 --backend reference"
@@ -13,25 +14,6 @@ TINY = f"{SMALL} --query-shots 2 --image-size 16 --filters 3 --inner-steps 1 --e
 @pytest.fixture
 def folder(tmp_path):
     return make_folder(tmp_path / "images", classes=8)
-
-
-@pytest.fixture
-def output(tmp_path):
-    return tmp_path / "run"
-
-
-def run(*arguments):
-    words = [word for text in arguments for word in str(text).split()]
-    return main(words)
-
-
-def error(capsys):
-    """The one line on stderr of a command that failed."""
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("maml-fast: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ and heads that adapt above what learns. Inner rules: test_cpu_rules.py.
 import pytest
 import torch
 
-from maml_fast import MAML, check, cpu_features
+from maml_fast import MAML, check
 from maml_fast.problem import TaskBatch
-from tests.engines import ENGINES
 from tests.family import (
     CLASSES,
     FLAT,
@@ -29,13 +28,6 @@ from tests.image_networks import assert_near
 from tests.networks import Draw
 
 pytestmark = pytest.mark.usefixtures("extension")
-
-
-@pytest.fixture(params=ENGINES)
-def instructions(request, monkeypatch):
-    """One instruction set."""
-    monkeypatch.setenv(cpu_features.FORCED, request.param)
-    return request.param
 
 
 # ---- weights of rows

@@ -13,22 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from maml_fast import MAML, check, cpu_features
+from maml_fast import MAML, check
 from maml_fast.models import miniimagenet_conv4, omniglot_conv4
 from maml_fast.problem import TaskBatch
-from tests.engines import ENGINES
 from tests.image_networks import NETWORKS, assert_near, random_network
 from tests.networks import Draw, assert_close, by_graph, gradients
 
 pytestmark = pytest.mark.usefixtures("extension")
 NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
-
-
-@pytest.fixture(params=ENGINES)
-def instructions(request, monkeypatch):
-    """One instruction set."""
-    monkeypatch.setenv(cpu_features.FORCED, request.param)
-    return request.param
 
 
 def batch_norm(channels, **options):

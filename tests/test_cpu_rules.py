@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from maml_fast import MAML, check, cpu_features
+from maml_fast import MAML, check
 from maml_fast.inner import SGD
 from maml_fast.problem import TaskBatch
-from tests.engines import ENGINES
 from tests.family import (
     CLASSES,
     FLAT,
@@ -26,13 +25,6 @@ from tests.image_networks import assert_near
 from tests.networks import Draw
 
 pytestmark = pytest.mark.usefixtures("extension")
-
-
-@pytest.fixture(params=ENGINES)
-def instructions(request, monkeypatch):
-    """One instruction set."""
-    monkeypatch.setenv(cpu_features.FORCED, request.param)
-    return request.param
 
 
 RULES = {
