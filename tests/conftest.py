@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():  # before Triton is loaded, which maml_fast does
     os.environ["TRITON_INTERPRET"] = "1"
@@ -21,6 +22,10 @@ from maml_fast import cpu_cost, cpu_features
 from tests.engines import ENGINES, LAYOUTS
 from tests.networks import Draw
 from tests.test_packaging import needs_extension
+
+# The same examples on every run; --hypothesis-profile=default draws others.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -16,7 +16,7 @@ from torch import nn
 from maml_fast import MAML, check
 from maml_fast.models import miniimagenet_conv4, omniglot_conv4
 from maml_fast.problem import TaskBatch
-from tests.image_networks import NETWORKS, assert_near, random_network
+from tests.image_networks import NETWORKS, assert_near, nudged, random_network
 from tests.networks import Draw, assert_close, by_graph, gradients
 
 pytestmark = pytest.mark.usefixtures("extension")
@@ -74,13 +74,17 @@ def with_gammas(model):
     return model
 
 
-def assert_equals_loop(model, batch, loss="cross_entropy", rate=0.1, steps=2, first_order=False):
+def assert_equals_loop(
+    model, batch, loss="cross_entropy", rate=0.1, steps=2, first_order=False, nudge=None
+):
     maml = MAML(model, loss, rate, steps, first_order=first_order, backend="cpu")
     plan = maml.plan(batch.support_x, batch.query_x)
     assert plan.cpu.layout == "channels_in_lanes"
-    value, wanted = by_graph(with_gammas(model), batch, loss, rate, steps, first_order)
+    how = (loss, rate, steps, first_order)
+    value, wanted = by_graph(with_gammas(model), batch, *how)
     torch.testing.assert_close(maml(*batch).loss.detach(), value, rtol=1e-11, atol=0)
-    assert_near(gradients(maml, batch), wanted, 1e-9)
+    moved = None if nudge is None else by_graph(*nudged(nudge, with_gammas(model), batch), *how)[1]
+    assert_near(gradients(maml, batch), wanted, 1e-9, moved)
 
 
 LAYERS = {
@@ -200,7 +204,8 @@ def test_random_networks(seed, layers, steps):
     draw = Draw(seed)
     model, shape = random_network(seed, layers)
     model = draw.initialise(model.double())
-    assert_equals_loop(model, batch_for(draw, model, shape), steps=steps)
+    batch = batch_for(draw, model, shape)
+    assert_equals_loop(model, batch, steps=steps, nudge=draw)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8])

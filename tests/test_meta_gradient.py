@@ -57,7 +57,7 @@ BACKENDS = [
 ]
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None)
 @given(problems())
 def test_every_backend_equals_a_plain_loop(p):
     model, batch = build(p)
@@ -84,7 +84,7 @@ def test_every_backend_equals_a_plain_loop(p):
         assert_close(gradients(maml, batch), wanted, BOUND)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_every_backend_agrees_on_all_it_yields(p):
     model, batch = build({**p, "frozen": set()})
@@ -104,7 +104,7 @@ def test_every_backend_agrees_on_all_it_yields(p):
         torch.testing.assert_close(out.loss.detach(), out.task_losses.mean())
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None)
 @given(problems())
 def test_float32_error_is_autograds(p):
     """At most twice autograd's own error, or 1e-6, tensor by tensor, is the rule of `check`; five
