@@ -68,7 +68,7 @@ using Shape = std::vector<std::int64_t>;
 
 // What layers with parameters have in common.
 struct Parameters {
-    bool has_weight, has_bias, weight_adapts, bias_adapts, learns_rates;
+    bool has_weight, has_bias, weight_adapts, bias_adapts, learns, learns_rates;
     std::string form;
     bool prelude;
 };
@@ -145,6 +145,7 @@ struct Builder {
         layer.has_bias = parameters.has_bias;
         layer.weight_adapts = parameters.weight_adapts;
         layer.bias_adapts = parameters.bias_adapts;
+        layer.learns = parameters.learns;
         layer.learns_rates = parameters.learns_rates;
         layer.form = named(FORMS, parameters.form, "form");
         return layer;
@@ -244,12 +245,12 @@ NB_MODULE(_cpu, m) {
     nb::class_<Parameters>(m, "Parameters")
         .def(
             "__init__",
-            [](Parameters* p, bool has_weight, bool has_bias, bool weight_adapts, bool bias_adapts, bool learns_rates,
-               const std::string& form, bool prelude) {
-                new (p) Parameters{has_weight, has_bias, weight_adapts, bias_adapts, learns_rates, form, prelude};
+            [](Parameters* p, bool has_weight, bool has_bias, bool weight_adapts, bool bias_adapts, bool learns,
+               bool learns_rates, const std::string& form, bool prelude) {
+                new (p) Parameters{has_weight, has_bias, weight_adapts, bias_adapts, learns, learns_rates, form, prelude};
             },
             nb::arg("has_weight"), nb::arg("has_bias"), nb::arg("weight_adapts"), nb::arg("bias_adapts"),
-            nb::arg("learns_rates"), nb::arg("form"), nb::arg("prelude"));
+            nb::arg("learns"), nb::arg("learns_rates"), nb::arg("form"), nb::arg("prelude"));
     nb::class_<Builder>(m, "Builder")
         .def(nb::init<const std::string&, const std::string&, std::int64_t, std::int64_t, std::int64_t, const Shape&, bool,
                       bool, bool, bool, double, bool, double>(),

@@ -12,6 +12,7 @@
 #include "ops/losses.h"
 #include "ops/pointwise.h"
 #include "ops/reshape.h"
+#include "still.h"
 
 namespace maml_fast::MAML_FAST_ISA {
 
@@ -19,7 +20,7 @@ template <class T, class Lanes>
 class Chain {
    public:
     // With an arena that only counts, a chain to ask for sizes.
-    Chain(const Program& program, Arena& arena) : program(program), S(program.steps) {
+    Chain(const Program& program, Arena& arena) : program(program), S(program.steps), goes_below(program.goes_below()) {
         build_stages();
         allocate(arena);
     }
@@ -27,15 +28,22 @@ class Chain {
     bool second_order() const { return program.gradient && !program.first_order; }
     Index last() const { return static_cast<Index>(stages.size()); }
 
+    using Stages = std::vector<std::unique_ptr<Stage<T>>>;
     struct Fast {
         FastStage<T>* layer;
+    };
+    struct Still {
+        LearningStage<T>* layer;
     };
 
     const Program& program;
     const Index S;
-    std::vector<std::unique_ptr<Stage<T>>> prelude, stages;  // what runs once, and what adapts or lies behind
-    std::vector<Fast> fast;                                  // those of the stages that adapt
-    std::vector<Fast> fast_at;                               // by stage, null where it does not
+    const bool goes_below;      // whether the prelude or the data have gradients
+    Stages prelude, stages;     // what runs once, and what adapts or lies behind
+    std::vector<Fast> fast;     // those of the stages that adapt
+    std::vector<Fast> fast_at;  // by stage, null where it does not
+    std::vector<Still> still;   // those of the prelude that have a gradient,
+    Index lowest = 0;           // and the first of it that cotangents reach
     std::vector<Edge<T>> prelude_edges, edges;
     std::unique_ptr<Loss<T>> loss;
     std::vector<LossPass<T>> passes;  // [S + 1]
@@ -50,6 +58,7 @@ class Chain {
         const Index columns = Lanes::columns(program.rows), query_columns = Lanes::columns(program.query_rows);
         bool adapts = false;
         for (const Layer& layer : program.layers) (layer.prelude ? prelude : stages).push_back(new_stage(layer, adapts));
+        if (still.empty() && !program.inputs) lowest = static_cast<Index>(prelude.size());
         prelude_edges.resize(prelude.size() + 1);
         edges.resize(stages.size() + 1);
         prelude_edges[0] = {program.in_features, columns, query_columns, {}, {}, {}, {}};
@@ -69,6 +78,7 @@ class Chain {
         }
     }
     Stage<T>* new_linear(const Layer& layer, bool& adapts) {
+        if (layer.learns) return learning(new StillLinear<T, Lanes>(layer, program, is_lowest(), workspace_));
         if (layer.form == Form::shared) return new SharedLinear<T, Lanes>(layer);
         FastLinear<T, Lanes>* made;
         if (!layer.weight_adapts)
@@ -89,15 +99,25 @@ class Chain {
     }
     template <class Rules>
     Stage<T>* new_norm_by(const Layer& layer, bool& adapts) {
+        if (layer.learns) return learning(new StillNorm<T, Lanes, Rules>(layer, program, is_lowest()));
         if (layer.form == Form::shared) return new Rules(layer, program, false);
-        // Where gradients by the data are wanted, the data have a tangent of zeros.
-        auto* made = new FastNorm<T, Lanes, Rules>(layer, program, !adapts && !program.inputs);
+        // Where anything below has a gradient, what enters has a tangent of zeros.
+        auto* made = new FastNorm<T, Lanes, Rules>(layer, program, !adapts && !goes_below);
         adapts = true;
         fast.push_back({made});
         return made;
     }
 
-    void connect(std::vector<std::unique_ptr<Stage<T>>>& stages, std::vector<Edge<T>>& edges, bool prelude) {
+    // Of the stage that is added next: whether nothing below has a gradient.
+    bool is_lowest() const { return still.empty() && !program.inputs; }
+    template <class S>
+    S* learning(S* made) {
+        if (is_lowest()) lowest = static_cast<Index>(prelude.size());
+        still.push_back({made});
+        return made;
+    }
+
+    void connect(const Stages& stages, std::vector<Edge<T>>& edges, bool prelude) {
         Index i = 0;
         for (const Layer& layer : program.layers) {
             if (layer.prelude != prelude) continue;
@@ -130,10 +150,11 @@ class Chain {
     void allocate(Arena& arena) {
         for (const auto& stage : stages) fast_at.push_back({dynamic_cast<FastStage<T>*>(stage.get())});
         kept_ = keeps_steps() ? S : smaller<Index>(S, 1);
-        fuse();
+        fuse(prelude);
+        fuse(stages);
         allocate_prelude(arena);
         allocate_values(arena);
-        if (program.inputs) allocate_by_inputs(arena);
+        if (goes_below) allocate_below(arena);
         allocate_cotangents(arena);
         if (second_order()) {
             allocate_tangents(arena);
@@ -151,27 +172,31 @@ class Chain {
 
     // A ReLU that works in place is done by the layers beside it. A norm works in place unless an activation reads what it
     // would overwrite, or the steps share it.
-    void fuse() {
-        for (Index i = 1; i < last(); ++i) {
+    static void fuse(const Stages& stages) {
+        const Index count = static_cast<Index>(stages.size());
+        for (Index i = 1; i < count; ++i) {
             auto* relu = dynamic_cast<Pointwise<T, Relu<T>>*>(stages[i].get());
-            if (!relu || !stays_in_place(i)) continue;
-            if (auto* before = gated_at(i - 1)) before->relu_behind = relu->forward_is_done = true;
-            if (auto* behind = gated_at(i + 1)) behind->relu_before = relu->backward_is_done = true;
+            if (!relu || !stays_in_place(stages, i)) continue;
+            if (auto* before = gated_at(stages, i - 1)) before->relu_behind = relu->forward_is_done = true;
+            if (auto* behind = gated_at(stages, i + 1)) behind->relu_before = relu->backward_is_done = true;
         }
-        for (Index i = 0; i < last(); ++i)
+        for (Index i = 0; i < count; ++i)
             if (auto* norm = dynamic_cast<NormStage<T, Lanes>*>(stages[i].get())) {
-                const auto* before = pointwise_at(i - 1);
+                const auto* before = pointwise_at(stages, i - 1);
                 norm->in_place = i > 0 && !(before && before->traits().from_output);
             }
     }
 
     void allocate_prelude(Arena& arena) {
-        for (Edge<T>& edge : prelude_edges)
-            edge.value = {arena.template view<T>(edge.features, edge.columns),
-                          arena.template view<T>(edge.features, edge.query_columns)};
+        for (Index e = static_cast<Index>(prelude.size()); e >= 0; --e)
+            prelude_edges[e].value = e > 0 && stays_in_place(prelude, e) ? prelude_edges[e + 1].value : both(arena, prelude_edges[e]);
         for (const auto& stage : prelude) stage->allocate(arena, 1);
     }
 
+    // Of the support and the query.
+    std::vector<View<T>> both(Arena& arena, const Edge<T>& edge) {
+        return {arena.template view<T>(edge.features, edge.columns), arena.template view<T>(edge.features, edge.query_columns)};
+    }
     // A view for each step that is kept, shared by the others, and one for the query.
     std::vector<View<T>> own(Arena& arena, const Edge<T>& edge, bool query) {
         std::vector<View<T>> views(S + 1);
@@ -201,7 +226,7 @@ class Chain {
         const Edge<T>& data = prelude_edges.back();
         for (Index e = last(); e > 0; --e) {
             Edge<T>& edge = edges[e];
-            if (stays_in_place(e))
+            if (stays_in_place(stages, e))
                 edge.value = edges[e + 1].value;
             else
                 edge.value = is_factored(e) ? history(arena, edge, true) : own(arena, edge, true);
@@ -210,16 +235,19 @@ class Chain {
         edges[0].value[S] = data.value[1];
     }
     // Whether an activation may write its result over its input, behind edge e: unless that is what another one reads.
-    bool stays_in_place(Index e) const {
-        const auto *next = pointwise_at(e), *previous = pointwise_at(e - 1);
+    static bool stays_in_place(const Stages& stages, Index e) {
+        const auto *next = pointwise_at(stages, e), *previous = pointwise_at(stages, e - 1);
         return next && next->traits().from_output && !(previous && previous->traits().from_output);
     }
 
-    // Of the data: the query's cotangent, and in the support's place the sum of what the steps add to it.
-    void allocate_by_inputs(Arena& arena) {
-        for (Edge<T>& edge : prelude_edges)
-            edge.cotangent = {arena.template view<T>(edge.features, edge.columns),
-                              arena.template view<T>(edge.features, edge.query_columns)};
+    // Of what runs once: the query's cotangent, and in the support's place the sum of what the steps add to it.
+    void allocate_below(Arena& arena) {
+        const Index end = static_cast<Index>(prelude_edges.size()), begin = program.inputs ? 0 : smaller(lowest + 1, end - 1);
+        for (Index e = begin; e < end; ++e) {
+            const auto* pointwise = pointwise_at(prelude, e - 1);
+            const bool in_place = e > begin && pointwise && !pointwise->traits().curved;
+            prelude_edges[e].cotangent = in_place ? prelude_edges[e - 1].cotangent : both(arena, prelude_edges[e]);
+        }
         edges[0].cotangent = edges[0].t_cotangent = passing(arena, edges[0]);
         edges[0].cotangent.push_back(prelude_edges.back().cotangent[1]);
         if (second_order()) edges[0].tangent = passing(arena, edges[0]);
@@ -227,7 +255,7 @@ class Chain {
     void allocate_cotangents(Arena& arena) {
         for (Index e = 1; e <= last(); ++e) {
             Edge<T>& edge = edges[e];
-            const auto* pointwise = pointwise_at(e - 1);
+            const auto* pointwise = pointwise_at(stages, e - 1);
             if (is_factored(e - 1)) {
                 edge.cotangent = history(arena, edge, false);
                 // D_q stands behind the steps' t_D
@@ -250,7 +278,7 @@ class Chain {
     void allocate_tangents(Arena& arena) {
         for (Index e = last(); e > 0; --e) {
             Edge<T>& edge = edges[e];
-            const auto* pointwise = pointwise_at(e);
+            const auto* pointwise = pointwise_at(stages, e);
             if (pointwise && !pointwise->traits().curved)
                 edge.tangent = edges[e + 1].tangent;
             else
@@ -261,7 +289,7 @@ class Chain {
         for (Index e = 1; e <= last(); ++e) {
             Edge<T>& edge = edges[e];
             if (is_factored(e - 1)) continue;  // done, with D_q
-            if (pointwise_at(e - 1) && e > 1)
+            if (pointwise_at(stages, e - 1) && e > 1)
                 edge.t_cotangent = edges[e - 1].t_cotangent;
             else
                 edge.t_cotangent = passing(arena, edge);
@@ -289,15 +317,14 @@ class Chain {
         }
     }
 
-    static PointwiseStage<T>* as_pointwise(Stage<T>* stage) { return dynamic_cast<PointwiseStage<T>*>(stage); }
-    const PointwiseStage<T>* pointwise_at(Index i) const {
-        return i < 0 || i >= last() ? nullptr : as_pointwise(stages[i].get());
+    template <class Kind>
+    static Kind* as(const Stages& stages, Index i) {
+        return i < 0 || i >= static_cast<Index>(stages.size()) ? nullptr : dynamic_cast<Kind*>(stages[i].get());
     }
-    GatedStage<T>* gated_at(Index i) const {
-        return i < 0 || i >= last() ? nullptr : dynamic_cast<GatedStage<T>*>(stages[i].get());
-    }
+    static const PointwiseStage<T>* pointwise_at(const Stages& stages, Index i) { return as<PointwiseStage<T>>(stages, i); }
+    static GatedStage<T>* gated_at(const Stages& stages, Index i) { return as<GatedStage<T>>(stages, i); }
     bool is_factored(Index i) const {
-        return i >= 0 && i < last() && dynamic_cast<FactoredLinear<T, Lanes>*>(stages[i].get());
+        return as<FactoredLinear<T, Lanes>>(stages, i) != nullptr;
     }
 
     Workspace<T> workspace_;

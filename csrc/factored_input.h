@@ -13,7 +13,7 @@ namespace maml_fast::MAML_FAST_ISA {
 template <class T, class Lanes>
 class FactoredInput final : public FastLinear<T, Lanes> {
     using Base_ = FastLinear<T, Lanes>;
-    using Base_::by_inputs;
+    using Base_::goes_below;
     using Base_::I;
     using Base_::in;
     using Base_::O;
@@ -30,7 +30,7 @@ class FactoredInput final : public FastLinear<T, Lanes> {
         Base_::allocate(arena, kept);
         const Index columns = in->columns, query_columns = in->query_columns;
         moved.resize(S + 1);
-        for (Index k = 1; k <= S; ++k) moved[k] = k == 1 || by_inputs ? arena.template view<T>(O, columns) : moved[1];
+        for (Index k = 1; k <= S; ++k) moved[k] = k == 1 || goes_below ? arena.template view<T>(O, columns) : moved[1];
         t_sum = arena.template view<T>(O, columns);
         if (!plain) allocate_rule(arena);
         if (S > 1) base = arena.template view<T>(O, columns);
@@ -39,7 +39,7 @@ class FactoredInput final : public FastLinear<T, Lanes> {
         query_support = arena.template view<T>(Lanes::units(query_columns), columns);
         this->workspace.needs(sum_workspace<T>(I, larger(columns, query_columns)));
         const Index most = larger(columns, query_columns);
-        if (by_inputs) this->workspace.needs(Lanes::units(most) * spread<T>(most));
+        if (goes_below) this->workspace.needs(Lanes::units(most) * spread<T>(most));
     }
     void begin_tile() override {
         t_sum.columns = 0;
@@ -55,11 +55,11 @@ class FactoredInput final : public FastLinear<T, Lanes> {
         Base_::descend(k);
         if (!plain) {
             if (k == 0) clear(moved[1]);
-            if (k && by_inputs) add_scaled(moved[k], moved[k + 1], 1, false);
+            if (k && goes_below) add_scaled(moved[k], moved[k + 1], 1, false);
             add_scaled(out->cotangent[k], taken, 1, false);
             return support_rule.descend(k, this->weight_rate(k), taken.p, moved[k + 1].p);
         }
-        if (k && by_inputs) add_scaled(moved[k], moved[k + 1], 1, false);
+        if (k && goes_below) add_scaled(moved[k], moved[k + 1], 1, false);
         add_scaled(out->cotangent[k], moved[k + 1], -this->weight_rate(k), k > 0);
     }
     void begin_adjoint() override {

@@ -14,6 +14,7 @@ class FastNorm final : public Rules, public FastStage<T> {
         : Rules(layer, program, first), FastStage<T>(layer, layer.in_features, 1), program_(program), S(program.steps) {
         this->gamma_moves = layer.has_weight;
         this->beta_moves = layer.has_bias;
+        this->sums_gradients = true;
     }
 
     void allocate(Arena& arena, Index kept) override {

@@ -1,20 +1,21 @@
 // A layer that adapts, as a tile takes it through the meta-step; and what such layers have in common.
 //
 // Lam is the adjoint, eta_k the inner rate of step k, g_k the gradient of the support loss by the layer's parameters, H_k
-// that loss's Hessian. A layer has a "weight" [O, I] and a "bias" [O]; of a norm these are gamma [F, 1] and beta [F].
+// that loss's Hessian.
 #pragma once
 
 #include <vector>
 
-#include "adapting.h"
+#include "learning.h"
 #include "inner_rule.h"
 
 namespace maml_fast::MAML_FAST_ISA {
 
 template <class T>
-class FastStage : public Adapting {
+class FastStage : public LearningStage<T> {
    public:
-    FastStage(const Layer& layer, Index O, Index I) : layer(layer), O(O), I(I) {}
+    using LearningStage<T>::LearningStage;
+    using LearningStage<T>::layer;
 
     virtual void begin_tile() {}
     // Inner step k: theta_{k+1} = theta_k - eta_k g_k, or what the program's rule has for it.
@@ -29,17 +30,9 @@ class FastStage : public Adapting {
     // Before `turn`: adds dloss/deta_k = -<g_k, Lam>, or -<u_k, Lam>, of weight and bias, to by_weight[k] and by_bias[k].
     virtual void add_rate_gradients(Index k, double* by_weight, double* by_bias) = 0;
 
-    // Adds the layer's adjoint, summed over the tile's tasks, to `weight` (see `piece`) and `bias` [O].
-    virtual void add_gradient(T* weight, T* bias) = 0;
-    const Layer& description() const override { return layer; }
-    Index bias_length() const override { return O; }
-
     // Row o of the adapted weights: [I] units; and number o of the adapted bias, of the task in lane `unit`.
     virtual void adapted_row(Index o, T* row) = 0;
     virtual T adapted_bias(Index o, Index unit) const = 0;
-
-    const Layer& layer;
-    const Index O, I;
 
    protected:
     T weight_rate(Index k) const { return layer.weight_rates.empty() ? T(0) : static_cast<T>(layer.weight_rates[k]); }

@@ -27,7 +27,7 @@ class FastLinear : public LinearStage<T, Lanes>, public FastStage<T> {
         : LinearStage<T, Lanes>(layer),
           FastStage<T>(layer, layer.out_features, layer.in_features),
           first(first),
-          by_inputs(first && program.inputs),
+          goes_below(first && program.goes_below()),
           program(program),
           S(program.steps),
           plain(program.rule.plain()),
@@ -57,16 +57,12 @@ class FastLinear : public LinearStage<T, Lanes>, public FastStage<T> {
         if (layer.has_bias) bias.add_gradient(bias_sums);
     }
     Index sum_length() const override { return MAML_FAST_ISA::sum_length<T>(O, I); }
-    Index pieces() const override { return turns_rows<T>(I) ? O : O * ceil_div(I, DOT_B); }
-    Piece piece(Index p) const override {
-        if (turns_rows<T>(I)) return {sum_place<T>(p, 0, I), I, p * I};
-        const Index by_row = ceil_div(I, DOT_B), o = p / by_row, i = p % by_row * DOT_B;
-        return {sum_place<T>(o, i, I), smaller<Index>(I - i, DOT_B), o * I + i};
-    }
+    Index pieces() const override { return sum_pieces<T>(O, I); }
+    Piece piece(Index p) const override { return sum_piece<T>(p, I); }
 
     void forward(Index k) override { times(k, in->value[k], out->value[k], bias_base(k), this->value_gate()); }
     void backward(Index k) override {
-        if (!first || (by_inputs && k == S)) times_transposed(k, out->cotangent[k], in->cotangent[k], this->cotangent_gate(k));
+        if (!first || (goes_below && k == S)) times_transposed(k, out->cotangent[k], in->cotangent[k], this->cotangent_gate(k));
     }
     // t_z = W_k t_A - eta_k (Lam A_k + lam_b), or whatever direction of a rule that is not plain
     void tangent(Index k) override {
@@ -76,7 +72,7 @@ class FastLinear : public LinearStage<T, Lanes>, public FastStage<T> {
     }
     // t_dA = W_k^T t_D - eta_k Lam^T D_k
     void tangent_backward(Index k) override {
-        if (!first || by_inputs)
+        if (!first || goes_below)
             times_both_transposed(k, out->t_cotangent[k], out->cotangent[k], scale(k), in->t_cotangent[k],
                                   this->cotangent_gate(k));
     }
@@ -88,8 +84,8 @@ class FastLinear : public LinearStage<T, Lanes>, public FastStage<T> {
     }
     T adapted_bias(Index o, Index unit) const override { return bias.adapted(o, unit, shared_bias()); }
 
-    const bool first;      // its input is the data, which have no tangent;
-    const bool by_inputs;  // and a cotangent only where it is wanted: of the query, and the tangents of the steps'
+    const bool first;       // nothing below adapts: its input has no tangent;
+    const bool goes_below;  // and a cotangent only where something below has a gradient: of the query, and t_D of the steps
 
    protected:
     // z = gate(W_k x + base); dx = gate(W_k^T d)

@@ -49,6 +49,7 @@ struct Layer {
     Form form = Form::shared;
     bool has_weight = true, has_bias = false;
     bool weight_adapts = false, bias_adapts = false;
+    bool learns = false;               // in the prelude: of weight and bias, those that "adapt" get a gradient
     bool learns_rates = false;         // whether rate_gradients is wanted
     std::vector<double> weight_rates;  // [S]; empty: the weight does not adapt
     std::vector<double> bias_rates;    // [S]; empty: the bias does not adapt
@@ -79,7 +80,14 @@ struct Program {
     bool first_order = false;
     bool gradient = true;
     bool exports = false;  // whether the adapted parameters are wanted
-    bool inputs = false;   // whether gradients by the data are wanted; then nothing in the prelude has parameters
+    bool inputs = false;   // whether gradients by the data are wanted
+
+    // Whether anything below what adapts has a gradient.
+    bool goes_below() const {
+        for (const Layer& layer : layers)
+            if (layer.learns) return true;
+        return inputs;
+    }
 };
 
 // Rows [T, N, features]: the features one behind the other, `by_task` and `by_row` numbers apart. Tasks may share theirs.

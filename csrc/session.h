@@ -9,7 +9,7 @@
 #include <mutex>
 #include <new>
 
-#include "adapting.h"
+#include "learning.h"
 #include "pool.h"
 
 namespace maml_fast::MAML_FAST_ISA {

@@ -19,6 +19,7 @@ class Tile {
     // With an arena that only counts, a tile to ask for sizes.
     Tile(const Program& program, Arena& arena) : chain_(program, arena), program_(program), S(program.steps) {
         for (const Fast& stage : chain_.fast) sum_numbers_ = put_sums<T>(stage.layer, sum_numbers_, places_);
+        for (const Still& stage : chain_.still) sum_numbers_ = put_sums<T>(stage.layer, sum_numbers_, places_);
         zeros_ = arena.template take<T>(chain_.prelude_edges[0].features);
     }
 
@@ -40,11 +41,12 @@ class Tile {
     const std::vector<Place>& places() const { return places_; }
     Index sum_numbers() const { return sum_numbers_; }
     bool replays() const { return false; }
-    Index rate_numbers() const { return 2 * S * static_cast<Index>(chain_.fast.size()); }
+    Index rate_numbers() const { return 2 * S * static_cast<Index>(places_.size()); }
 
    private:
     using Pass = LossPass<T>;
     using Fast = typename Chain<T, Lanes>::Fast;
+    using Still = typename Chain<T, Lanes>::Still;
 
     // ---- data
 
@@ -149,19 +151,32 @@ class Tile {
     }
 
     void pull_back(const TaskData& data, Index first, Index count, const Partial<T>& sums) {
-        if (chain_.fast.empty() && !program_.inputs) return;
+        if (chain_.fast.empty() && !chain_.goes_below) return;
         backward(S);
         for (const Fast& stage : chain_.fast) stage.layer->begin_adjoint();
-        if (program_.inputs) clear(chain_.prelude_edges.back().cotangent[0]);
+        if (chain_.goes_below) clear(chain_.prelude_edges.back().cotangent[0]);
         for (Index k = S - 1; k >= 0; --k) {
             add_rate_gradients(k, sums.rates);
             if (!program_.rule.plain())
                 for (const Fast& stage : chain_.fast) stage.layer->turn(k);
             if (chain_.second_order() && !chain_.fast.empty()) hessian_product(k);
         }
-        for (std::size_t i = 0; i < chain_.fast.size(); ++i)
-            chain_.fast[i].layer->add_gradient(sums.numbers + places_[i].weight, sums.numbers + places_[i].bias);
+        if (chain_.goes_below) go_below();
+        auto place = places_.begin();
+        const auto add_gradient = [&](LearningStage<T>* layer) {
+            layer->add_gradient(sums.numbers + place->weight, sums.numbers + place->bias);
+            ++place;
+        };
+        for (const Fast& stage : chain_.fast) add_gradient(stage.layer);
+        for (const Still& stage : chain_.still) add_gradient(stage.layer);
         if (program_.inputs) store_by_inputs(data, first, count);
+    }
+
+    // Back through what runs once, as far as there is a gradient to have.
+    void go_below() {
+        const Index first_pass = program_.inputs || reaches_support(program_) ? 0 : 1;
+        for (Index i = static_cast<Index>(chain_.prelude.size()) - 1; i >= chain_.lowest; --i)
+            for (Index pass = first_pass; pass < 2; ++pass) chain_.prelude[i]->backward(pass);
     }
 
     void add_rate_gradients(Index k, double* rates) {
@@ -172,7 +187,7 @@ class Tile {
     }
 
     void hessian_product(Index k) {
-        if (program_.inputs) clear(chain_.edges[0].tangent[k]);
+        if (chain_.goes_below) clear(chain_.edges[0].tangent[k]);
         for (const auto& stage : chain_.stages) stage->tangent(k);
         const Edge<T>& out = chain_.edges.back();
         chain_.loss->tangent(chain_.passes[k], out.tangent[k], out.t_cotangent[k]);
@@ -180,14 +195,12 @@ class Tile {
             chain_.stages[i]->tangent_backward(k);
             if (FastStage<T>* layer = chain_.fast_at[i].layer) layer->pull_back(k);
         }
-        if (program_.inputs) add_to(chain_.prelude_edges.back().cotangent[0], chain_.edges[0].t_cotangent[k]);
+        if (chain_.goes_below) add_to(chain_.prelude_edges.back().cotangent[0], chain_.edges[0].t_cotangent[k]);
     }
 
     // ---- gradients by the data
 
     void store_by_inputs(const TaskData& data, Index first, Index count) {
-        for (auto stage = chain_.prelude.rbegin(); stage != chain_.prelude.rend(); ++stage)
-            for (Index pass : {0, 1}) (*stage)->backward(pass);
         const std::vector<View<T>>& by_x = chain_.prelude_edges[0].cotangent;
         store_rows(by_x[0], data.by_support_x, first, count, program_.rows);
         store_rows(by_x[1], data.by_query_x, first, count, program_.query_rows);

@@ -50,6 +50,7 @@ class LayerUse:
     first_order: bool
     first: bool  # the first layer that adapts: its input is the data, and no cotangent leaves it
     factors: bool = True  # whether its fast weights can be factored; a convolution's are dense
+    learns: bool = True  # whether it has a gradient
 
     @property
     def area(self) -> int:
@@ -106,6 +107,14 @@ def factored_cost(use: LayerUse) -> Cost:
             adjoint = query_rows + 2 * (steps - 1 - k) * rows
             small += 4 * rows * (adjoint + k * rows) * ends
     return Cost(2 * use.area * shared_rows, small, GRAM_SHARE)
+
+
+def once_cost(use: LayerUse) -> Cost:
+    """Of a layer below all that adapts: forward, and if it learns, back."""
+    passes = 3 - use.first if use.learns else 1
+    reached = use.rows if use.inner_steps and not use.first_order else 0
+    rows = use.rows + use.query_rows + (passes - 1) * (reached + use.query_rows)
+    return Cost(2 * use.area * rows, 0, 1.0)
 
 
 def still_cost(use: LayerUse) -> Cost:

@@ -67,9 +67,11 @@ def choose(
     fast_weights: str,
     machine: Machine,
     norms: Sequence[NormUse] = (),
+    once: Sequence[LayerUse] = (),
 ) -> Choice:
-    """The cheapest; `uses` are the linear layers that adapt, the first first."""
-    choices = [_in_layout(uses, fast_weights, machine, name, norms) for name in LAYOUTS]
+    """The cheapest; `uses` are the linear layers that adapt, the first first, and `once` those
+    below."""
+    choices = [_in_layout(uses, fast_weights, machine, name, norms, once) for name in LAYOUTS]
     return min(choices, key=lambda choice: total_cycles(choice, tasks))
 
 
@@ -103,9 +105,11 @@ def _in_layout(
     machine: Machine,
     layout: str,
     norms: Sequence[NormUse],
+    once: Sequence[LayerUse],
 ) -> Choice:
     tasks = layout == "tasks_in_lanes"
     forms, cycles = [], TILE + sum(_norm(norm, machine, tasks) for norm in norms)
+    cycles += sum(LayerCycles(use, machine, tasks).once() for use in once)
     for use in uses:
         layer = LayerCycles(use, machine, tasks)
         costs = {"factored": layer.factored(), "dense": layer.dense()}
@@ -162,6 +166,16 @@ class LayerCycles:
         if self.tasks:
             return self.product(use.out_features, use.in_features, columns, 2 * use.area)
         return self.summed(columns)
+
+    def once(self) -> float:
+        """Forward, and if it learns, back."""
+        use, n, m = self.use, self.rows, self.query_rows
+        cycles = self.shared(n) + self.shared(m)
+        if not use.learns:
+            return cycles
+        n = 0 if use.first_order or not use.inner_steps else n
+        down = 0 if use.first else self.shared(n) + self.shared(m)
+        return cycles + down + self.summed(n + m)
 
     def dense(self) -> float:
         use, passes = self.use, 1 if self.use.first else 2

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from maml_fast import cpu_cost, cpu_features
-from maml_fast.cost import cost_of
+from maml_fast.cost import LayerUse, cost_of, once_cost
 from maml_fast.inner import SGD
 from maml_fast.layers import Asked, LayerPlan, Layers, Shapes, Variant
 from maml_fast.ops import (
@@ -33,6 +33,10 @@ from maml_fast.ops import (
 from maml_fast.ops.reshape import Rearrange
 
 IMAGES = "channels_in_lanes"
+
+# Of images, the C++ engine is quicker than torch at large products: from so many inner steps on it
+# pays to take what lies below all that adapts out of them, and leave it to torch.
+BODY_PAYS_FROM = 4
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ def refusals(parts: Layers, asked: Asked, shapes: Shapes) -> list[str]:
     if missing := cpu_features.why_missing():
         return [missing]
     layers = parts.above
-    if lacks := _missing(asked):
-        return [f"C++ has not: {', '.join(lacks)}"]
+    if asked.by_number:
+        return ["C++ has not: rates for single numbers"]
     found = [
         f"layer '{layer.link.name}' ({layer.link.op}): has no C++ operation"
         for layer in layers
@@ -87,15 +91,6 @@ def refusals(parts: Layers, asked: Asked, shapes: Shapes) -> list[str]:
         for layer in layers
         if isinstance(layer.link.op, LayerNorm) and not _spans(layer.link.op, layer.features)
     ]
-
-
-def _missing(asked: Asked) -> list[str]:
-    """What is asked for that the engine lacks, in words."""
-    missing = {
-        "rates for single numbers": bool(asked.by_number),
-        "step_weights": bool(asked.step_weights),
-    }
-    return [words for words, lacks in missing.items() if lacks]
 
 
 def _spans(op: LayerNorm, features: Features) -> bool:
@@ -116,6 +111,15 @@ def is_spatial(layer: LayerPlan) -> bool:
     return isinstance(op, images) or (isinstance(op, Norm) and len(layer.features) > 1)
 
 
+def parts_for_cpu(parts: Layers, merged: Layers, asked: Asked) -> Layers:
+    """The layers as the engine takes them: flat rows' with the body as its prelude. Those of images
+    leave the body to torch, or are `merged`, with the body at rate 0."""
+    layers = [*parts.body, *parts.above]
+    if not any(map(is_spatial, layers)):
+        return Layers([], layers)
+    return parts if asked.inner_steps >= BODY_PAYS_FROM else merged
+
+
 def plan_for_cpu(
     parts: Layers, asked: Asked, shapes: Shapes, adapting: Collection[str]
 ) -> tuple[list[LayerPlan], CpuPlan]:
@@ -130,7 +134,14 @@ def plan_for_cpu(
         choice = cpu_cost.choose_images(uses, shapes.tasks, asked.fast_weights, machine)
     else:
         norms = [_norm_use(layer, asked, shapes) for layer in layers if _is_norm(layer)]
-        choice = cpu_cost.choose(uses, shapes.tasks, asked.fast_weights, machine, norms)
+        once = _once_uses(layers, asked, shapes)
+        choice = cpu_cost.choose(
+            uses, shapes.tasks, asked.fast_weights, machine, norms, list(once.values())
+        )
+        layers = [
+            replace(layer, cost=once_cost(once[i])) if i in once else layer
+            for i, layer in enumerate(layers)
+        ]
     forms = iter(choice.forms)
     planned = []
     for layer in layers:
@@ -147,6 +158,29 @@ def plan_for_cpu(
     return planned, replace(plan, **found)
 
 
+def _once_uses(layers: Sequence[LayerPlan], asked: Asked, shapes: Shapes) -> dict[int, LayerUse]:
+    """The linear layers that run once, by place."""
+    found: dict[int, LayerUse] = {}
+    nothing_below = not asked.wants_inputs  # has a gradient
+    for i, layer in enumerate(layers):
+        op = layer.link.op
+        if not layer.prelude:
+            break
+        if isinstance(op, Linear):
+            found[i] = LayerUse(
+                op.in_features,
+                op.out_features_,
+                shapes.support[0] * layer.positions,
+                shapes.query[0] * layer.positions,
+                asked.inner_steps,
+                asked.first_order,
+                first=nothing_below,
+                learns=layer.still,
+            )
+        nothing_below = nothing_below and not layer.still
+    return found
+
+
 def _is_norm(layer: LayerPlan) -> bool:
     return isinstance(layer.link.op, Norm)
 
@@ -156,8 +190,8 @@ def _norm_use(layer: LayerPlan, asked: Asked, shapes: Shapes) -> cpu_cost.NormUs
         math.prod(layer.features),
         shapes.support[0],
         shapes.query[0],
-        asked.inner_steps,
-        asked.first_order,
+        1 if layer.prelude else asked.inner_steps,
+        asked.first_order or layer.prelude,
         of_rows=isinstance(layer.link.op, BatchNorm),
     )
 
@@ -197,11 +231,13 @@ def prepare(
 def _add_weighted(builder: Any, layer: LayerPlan, variant: Variant) -> None:
     op = layer.link.op
     assert isinstance(op, Weighted)
+    moves = op.weight in variant.adapting, op.bias in variant.adapting
     parameters = cpu_features.extension().Parameters(
         has_weight=op.weight is not None,
         has_bias=op.bias is not None,
-        weight_adapts=op.weight in variant.adapting,
-        bias_adapts=op.bias in variant.adapting,
+        weight_adapts=moves[0],
+        bias_adapts=moves[1],
+        learns=layer.prelude and variant.gradient and any(moves),
         learns_rates=not variant.learning.isdisjoint(op.parameters),
         form=layer.form,
         prelude=layer.prelude,

@@ -28,7 +28,7 @@ from maml_fast.outer import Implicit, MetaGradient
 from maml_fast.problem import Problem, TaskBatch
 from maml_fast.trace import Link, trace
 
-WEIGHTED_ROWS = "weights of rows"  # in words
+WEIGHTED_ROWS, LOSSES_OF_STEPS = "weights of rows", "step_weights"  # in words
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Asked:
         if self.by_number:
             found.append("rates for single numbers")
         if self.step_weights:
-            found.append("step_weights")
+            found.append(LOSSES_OF_STEPS)
         if self.weighted_rows:
             found.append(WEIGHTED_ROWS)
         if self.wants_inputs:
@@ -160,7 +160,7 @@ class LayerPlan:
     form: str  # "factored", "dense", "shared", or "" for operations without weights
     cost: Cost | None = None
     use: LayerUse | None = None  # of a layer that adapts or learns
-    still: bool = False  # it learns and does not adapt
+    still: bool = False  # it learns and does not adapt; of the form "shared", only once
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def plan_layers(
         adapts = learns and i >= height
         before, prelude = prelude, prelude and not adapts
         first = before and not (height or asked.wants_inputs)
-        plan = _plan_weighted(link, features, adapts, before, first, asked, shapes)
+        plan = _plan_weighted(link, features, learns, adapts, before, first, asked, shapes)
         if isinstance(link.op, Linear) and len(features) > 1:
             merge, split = Link(link.name, MergeRows()), Link(link.name, SplitRows(features[:-1]))
             layers.append(LayerPlan(merge, features, 1, before, ""))
@@ -282,30 +282,31 @@ def centred_by(layers: Sequence[LayerPlan]) -> str:
 def _plan_weighted(
     link: Link,
     features: Features,
+    learns: bool,
     adapts: bool,
     before: bool,
     first: bool,
     asked: Asked,
     shapes: Shapes,
 ) -> LayerPlan:
-    """A layer with parameters; `before`: nothing below it adapts; `first`: nor learns.
+    """A layer with parameters; `adapts`: in the meta-step, if at rate 0; `before`: nothing below it
+    does; `first`: nor learns.
 
     The form of a linear layer that adapts is chosen later, by backend; others' are dense.
     """
     op = link.op
+    assert isinstance(op, Weighted)
+    still = learns and set(op.parameters).isdisjoint(asked.adapting)
     if isinstance(op, Linear):
         sizes, positions = (op.in_features, op.out_features_), math.prod(features[:-1])
     elif isinstance(op, Conv2d):
         sizes = op.in_channels * op.kernel**2, op.out_channels
         positions = math.prod(op.out_features(features)[1:])
     else:
-        assert isinstance(op, Weighted)
-        still = adapts and set(op.parameters).isdisjoint(asked.adapting)
         form = "dense" if adapts else "shared"
         return LayerPlan(link, features, 1, before and not adapts, form, still=still)
     if not adapts:
-        return LayerPlan(link, features, positions, before, "shared")
-    still = set(op.parameters).isdisjoint(asked.adapting)
+        return LayerPlan(link, features, positions, before, "shared", still=still)
     use = LayerUse(
         *sizes,
         shapes.support[0] * positions,

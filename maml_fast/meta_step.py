@@ -247,12 +247,55 @@ def _adapt(plan: Plan, problem: Problem, batch: TaskBatch) -> AdaptedTasks:
 def _run_pass(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:
     if plan.backend == "reference":
         return reference.meta_step(problem, batch, gradient)
+    if plan.backend in ("cpu", "triton") and problem.step_weights:
+        return _run_each_length(plan, problem, batch, gradient)
     if plan.backend == "cpu":
         return cpu.meta_step(problem, batch, plan, gradient)
     if plan.backend == "triton":
         return triton.meta_step(problem, batch, plan, gradient)
     stepper = _stepper(plan, problem, batch, gradient)
     return stepping.drive(stepper, problem, gradient)
+
+
+def _run_each_length(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:
+    """Losses of several steps, for engines that have the last one's: the meta-gradient is the sum
+    of as many, each of an inner loop that ends there."""
+    last = problem.inner_steps
+    weight = problem.query_weight_at(last)
+    total = _run_pass(plan, problem.up_to(last), batch, gradient and weight != 0)
+    total.finite = None  # the sums are still to be made
+    total.task_losses = total.task_losses * weight
+    parts = [(weight, total)]
+    for step in range(last):
+        if weight := problem.query_weight_at(step):
+            part = _run_pass(plan, problem.up_to(step), batch, gradient)
+            total.task_losses.add_(part.task_losses, alpha=weight)
+            parts.append((weight, part))
+    if gradient:
+        _add_up(problem, batch, [part for part in parts if part[0]], total)
+    return total
+
+
+def _add_up(
+    problem: Problem, batch: TaskBatch, parts: list[tuple[float, Outcome]], total: Outcome
+) -> None:
+    """The gradients of `parts`, each times its weight, into the total."""
+    found = {name: torch.zeros_like(problem.parameters[name]) for name in problem.learned}
+    rates = {
+        name: batch.support_x.new_zeros(problem.inner_steps) for name in problem.rates.learning
+    }
+    by_input = [torch.zeros_like(x) for x in (batch.support_x, batch.query_x)]
+    for weight, part in parts:
+        assert part.gradients is not None
+        for name, gradient in part.gradients.items():
+            found[name].add_(gradient, alpha=weight)
+        for name, by_step in (part.rate_gradients or {}).items():
+            rates[name][: len(by_step)].add_(by_step, alpha=weight)
+        for sums, gradient in zip(by_input, part.input_gradients or (), strict=False):
+            sums.add_(gradient, alpha=weight)
+    total.gradients, total.rate_gradients = found, rates
+    if problem.wants_inputs:
+        total.input_gradients = by_input[0], by_input[1]
 
 
 def _stepper(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Stepper:

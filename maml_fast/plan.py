@@ -26,10 +26,6 @@ BACKENDS = ("auto", "triton", "cpu", "torch", "functional", "reference")
 PLANNED = ("triton", "cpu", "torch")  # that run a chain of operations with fast weights in forms
 FAST_WEIGHTS = ("auto", "factored", "dense")
 
-# The C++ engine is quicker than torch at large products: from so many inner steps on it pays to
-# take what lies below all that adapts out of them, and leave it to torch.
-BODY_PAYS_FROM = 4
-
 # What a pass may keep at once; more tasks than fit are taken in several passes. On a CPU small
 # passes stay near the cache; functional keeps the parameters of every step, and bounds them.
 CPU_PASS_BYTES = {"torch": 24 << 20, "functional": 32 << 20, "triton": 24 << 20}
@@ -160,7 +156,7 @@ def make_plan(
         merged, _ = plan_layers(model, asked, shapes, with_body=False)
     parts_of = {
         "triton": merged,
-        "cpu": parts if asked.inner_steps >= BODY_PAYS_FROM else merged,
+        "cpu": cpu_plan.parts_for_cpu(parts, merged, asked),
     }
     not_by = {
         name: [broken[name]]

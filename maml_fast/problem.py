@@ -115,6 +115,12 @@ class Problem:
         table = RateTable(spread, rates.learning & set(moving))
         return replace(self, rates=table, meta=tuple(moving), wants_inputs=wants_inputs)
 
+    def up_to(self, step: int) -> Problem:
+        """The same with inner steps up to that one, and the loss behind it."""
+        rates = {name: by_step[:step] for name, by_step in self.rates.values.items()}
+        table = RateTable(rates, self.rates.learning if step else frozenset())
+        return replace(self, inner_steps=step, rates=table, step_weights=())
+
     def query_weight_at(self, step: int) -> float:
         """What the query loss before inner step `step`, or behind the last, counts."""
         if self.step_weights:

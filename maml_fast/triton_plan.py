@@ -12,7 +12,15 @@ import torch
 
 from maml_fast import triton_cost, triton_features
 from maml_fast.cost import LayerUse, cost_of
-from maml_fast.layers import WEIGHTED_ROWS, Asked, LayerPlan, Layers, Shapes, Variant
+from maml_fast.layers import (
+    LOSSES_OF_STEPS,
+    WEIGHTED_ROWS,
+    Asked,
+    LayerPlan,
+    Layers,
+    Shapes,
+    Variant,
+)
 from maml_fast.ops import (
     AveragePool,
     Conv2d,
@@ -82,7 +90,7 @@ def refusals(parts: Layers, asked: Asked, shapes: Shapes) -> list[str]:
     if shapes.dtype != torch.float32:
         instead = "; take backend 'torch'" if shapes.dtype == torch.float64 else ""
         return [f"the data are {shapes.dtype}, and its kernels take float32{instead}"]
-    unusual = [words for words in asked.unusual() if words != WEIGHTED_ROWS]
+    unusual = [words for words in asked.unusual() if words not in (WEIGHTED_ROWS, LOSSES_OF_STEPS)]
     if parts.body:
         unusual.append("layers that learn below all that adapts")
     if unusual:

@@ -6,8 +6,10 @@ and heads that adapt above what learns. Inner rules: test_cpu_rules.py.
 
 import pytest
 import torch
+from torch import nn
 
 from maml_fast import MAML, check
+from maml_fast.inner import SGD
 from maml_fast.problem import TaskBatch
 from tests.family import (
     CLASSES,
@@ -168,8 +170,7 @@ def test_only_a_bias_adapts(engine, form):
 # ---- what learns below all that adapts
 
 
-# With few steps the body adapts at rate 0 instead.
-@pytest.mark.parametrize(("steps", "first_order"), [(2, False), (4, False), (4, True)])
+@pytest.mark.parametrize(("steps", "first_order"), [(0, False), (1, False), (4, False), (4, True)])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", FLAT)
 def test_heads_that_adapt_alone(engine, name, form, steps, first_order):
@@ -177,7 +178,30 @@ def test_heads_that_adapt_alone(engine, name, form, steps, first_order):
     head = [n for n, _ in model.named_parameters()][-2:]
     options = dict(inner_params=head, fast_weights=form, first_order=first_order)
     maml = assert_same(model, batch, steps=steps, **options)
-    assert bool(maml.plan(batch.support_x, batch.query_x).body) == (steps == 4)
+    plan = maml.plan(batch.support_x, batch.query_x)
+    assert not plan.body
+    assert [layer.form for layer in plan.layers if layer.still] == ["shared"] * bodies(model, head)
+    assert_same(model, wants_gradients(batch), steps=steps, **options)
+
+
+def bodies(model, head):
+    """How many layers learn below the head."""
+    names = [name for name, _ in model.named_parameters() if name not in head]
+    return len({name.rsplit(".", 1)[0] for name in names})
+
+
+@pytest.mark.parametrize("learned", [["0.weight"], ["2.bias"], ["0.bias", "2.weight"]])
+@pytest.mark.parametrize("gaps", [None, False, True])
+def test_some_of_a_body_learns(engine, learned, gaps):
+    """The rest is frozen; below it nothing is to be had."""
+    draw = Draw(18)
+    model, batch = build(FLAT, "linear", draw)
+    if gaps is not None:
+        batch = weighted(batch, draw, gaps)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in learned or name.startswith("4"))
+    assert_same(model, batch, inner_params=["4.*"])
+    assert_same(model, wants_gradients(batch), inner_params=["4.*"])
 
 
 @pytest.mark.parametrize("inputs", [False, True])
@@ -206,3 +230,46 @@ def test_adapted_heads(engine):
     q = batch.query_x
     assert_near({"out": found(q)}, {"out": wanted(q)}, 1e-11)
     assert_near(found.parameters(), wanted.parameters(), 1e-11)
+
+
+# ---- losses of several steps
+
+STEP_WEIGHTS = {
+    "all": [0.1, 0.4, 0.2, 0.3],
+    "not the last": [0.5, 0, 1.5, 0],
+    "the last": [0, 0, 0, 2.0],
+}
+
+
+@pytest.mark.parametrize("weights", STEP_WEIGHTS)
+@pytest.mark.parametrize("name", FLAT)
+def test_losses_of_steps(engine, name, weights):
+    """With all else that they go with: learned rates, momentum, weights of rows, the data's own
+    gradients."""
+    draw = Draw(30)
+    model, batch = build(FLAT, name, draw)
+    batch = wants_gradients(weighted(batch, draw, gaps=False))
+    rate = nn.Parameter(torch.tensor([0.1, 0.2, 0.15], dtype=torch.float64))
+    options = dict(step_weights=STEP_WEIGHTS[weights])
+    assert_same(model, batch, rate=rate, steps=3, **options)
+    assert_same(model, batch, rate=rate, steps=3, first_order=True, **options)
+    assert_same(model, batch, steps=3, inner_optimizer=SGD(momentum=0.5), **options)
+
+
+@pytest.mark.parametrize("weights", STEP_WEIGHTS)
+@pytest.mark.parametrize("name", IMAGES)
+def test_losses_of_steps_of_images(instructions, name, weights):
+    draw = Draw(31)
+    model, batch = build(IMAGES, name, draw, tasks=2)
+    batch = weighted(batch, draw, gaps=False)
+    head = [n for n, _ in model.named_parameters()][-2:]
+    for inner_params in (None, head):
+        options = dict(step_weights=STEP_WEIGHTS[weights], inner_params=inner_params)
+        assert_same(model, batch, steps=3, **options)
+
+
+def test_losses_of_steps_in_passes(engine):
+    """Some tasks a pass, and more steps than programs are kept."""
+    model, batch = build(FLAT, "linear", Draw(32))
+    weights = [0.05 * (k + 1) for k in range(13)]
+    assert_same(model, batch, rate=0.02, steps=12, step_weights=weights, chunk_size=2)

@@ -20,7 +20,7 @@ def lacks(backend, variant):
         return False
     if variant.rule not in LINEAR or backend == "torch":
         return variant.rule not in LINEAR
-    return variant.rates.startswith("meta-sgd") or variant.step_weights != "last"
+    return variant.rates.startswith("meta-sgd")
 
 
 def assert_equals_reference(variant, backend, **options):

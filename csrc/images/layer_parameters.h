@@ -2,14 +2,14 @@
 // gamma and beta.
 #pragma once
 
-#include "adapting.h"
+#include "learning.h"
 #include "images/conv_shape.h"
 #include "images/fast_parameter.h"
 
 namespace maml_fast::MAML_FAST_ISA {
 
 template <class T>
-class LayerParameters : public Adapting {
+class LayerParameters : public Learning {
    public:
     LayerParameters(const Layer& layer, const Program& program) : layer(layer), program_(program) {}
 

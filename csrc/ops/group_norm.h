@@ -62,7 +62,7 @@ class GroupNorm : public NormStage<T, Lanes> {
     // dx = r (u - m(u) - xhat m(u xhat))
     void backward(Index k) override {
         const View<T> dy = out->cotangent[k], xhat = this->xhat[k];
-        if (this->gamma_moves || this->beta_moves)
+        if (this->sums_gradients)
             for (Index f = 0; f < F; ++f) Base_::sum_rows(f, dy, xhat, this->d_gamma[k].p, this->d_beta[k].p);
         if (first) return;
         const View<T> dx = in->cotangent[k];
@@ -112,7 +112,7 @@ class GroupNorm : public NormStage<T, Lanes> {
     void tangent_backward(Index k) override {
         const View<T> dy = out->cotangent[k], t_dy = out->t_cotangent[k], xhat = this->xhat[k];
         const View<T> t_xhat = first ? View<T>{} : in->tangent[k];
-        if (this->gamma_moves || this->beta_moves)
+        if (this->sums_gradients)
             for (Index f = 0; f < F; ++f) Base_::sum_rows(f, t_dy, xhat, dy, t_xhat, this->t_d_gamma, this->t_d_beta);
         if (first) return;
         const View<T> t_dx = in->t_cotangent[k];

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gated.h"
+#include "learning.h"
 #include "program.h"
 
 namespace maml_fast::MAML_FAST_ISA {
@@ -108,6 +109,17 @@ template <class T>
 constexpr Index sum_place(Index o, Index i, Index features) {
     return turns_rows<T>(features) ? o * padded_features<T>(features) + i : dot_place(o, i, features);
 }
+// The pieces that a gradient [O, features] is put together from.
+template <class T>
+constexpr Index sum_pieces(Index rows, Index features) {
+    return turns_rows<T>(features) ? rows : rows * ceil_div(features, DOT_B);
+}
+template <class T>
+constexpr Piece sum_piece(Index p, Index features) {
+    if (turns_rows<T>(features)) return {sum_place<T>(p, 0, features), features, p * features};
+    const Index by_row = ceil_div(features, DOT_B), o = p / by_row, i = p % by_row * DOT_B;
+    return {sum_place<T>(o, i, features), smaller<Index>(features - i, DOT_B), o * features + i};
+}
 template <class T>
 void add_runs_up(const Run<T>& first, const Run<T>& second, T* c, const Workspace<T>& workspace) {
     const Index features = first.r.features;
@@ -202,7 +214,7 @@ class LinearStage : public GatedStage<T> {
 
 // A layer that does not adapt: every task has the meta-parameters, at every step.
 template <class T, class Lanes>
-class SharedLinear final : public LinearStage<T, Lanes> {
+class SharedLinear : public LinearStage<T, Lanes> {
    public:
     using LinearStage<T, Lanes>::LinearStage;
 

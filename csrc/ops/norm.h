@@ -45,6 +45,7 @@ class NormStage : public GatedStage<T> {
     bool in_place = false;                         // whether xhat takes the place of x
     FastVector<T, Lanes> gamma, beta;              // where they adapt:
     bool gamma_moves = false, beta_moves = false;  // else all tasks share them, or there are none
+    bool sums_gradients = false;                   // whether d_gamma and d_beta are wanted
 
    protected:
     // Made anew for each pass that is kept; the others have the first step's.

@@ -19,7 +19,7 @@ from maml_fast.ops import Weighted
 from maml_fast.plan import Plan
 from maml_fast.problem import FlatGradients, Outcome, Problem, TaskBatch
 
-PROGRAMS_KEPT = 8  # of a plan: each keeps memory for its tiles
+PROGRAMS_KEPT = 8  # of a plan, and one for each step's loss: each keeps memory for its tiles
 
 
 def meta_step(problem: Problem, batch: TaskBatch, plan: Plan, gradient: bool) -> Outcome:
@@ -76,7 +76,7 @@ def _program(
     variant = Variant.of(problem, batch, gradient, exports)
     program = plan.programs.pop(variant, None) or Program(plan, variant, problem)
     plan.programs[variant] = program  # the latest last
-    if len(plan.programs) > PROGRAMS_KEPT:
+    if len(plan.programs) > PROGRAMS_KEPT + len(plan.asked.step_weights):
         plan.programs.pop(next(iter(plan.programs)), None)
     return program
 

@@ -22,7 +22,7 @@ from maml_fast.layers import Variant
 from maml_fast.plan import Plan
 from maml_fast.problem import Outcome, Problem, Stepper, TaskBatch
 
-PROGRAMS_KEPT = 8  # of a plan
+PROGRAMS_KEPT = 8  # of a plan, and one for each step's loss
 _LOCK = threading.Lock()  # of plans' programs
 
 
@@ -37,7 +37,7 @@ def meta_step(problem: Problem, batch: TaskBatch, plan: Plan, gradient: bool) ->
             kind = FusedStep if plan.triton.kernels == "fused" else LayersStep
             step = kind(plan, variant, problem)
         plan.programs[key] = step  # the latest last
-        if len(plan.programs) > PROGRAMS_KEPT:
+        if len(plan.programs) > PROGRAMS_KEPT + len(plan.asked.step_weights):
             plan.programs.pop(next(iter(plan.programs)))
     with step.lock, on_device(batch.support_x):
         return step.run(problem, batch)
