@@ -1,5 +1,7 @@
-"""What of the MAML family runs on Triton's kernels, fused and layer by layer, against the plain loop
-of backend "reference" in float64."""
+"""What of the MAML family runs on Triton's kernels, fused and layer by layer.
+
+Against the plain loop of backend "reference" in float64.
+"""
 
 import copy
 
