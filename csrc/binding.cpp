@@ -68,7 +68,7 @@ using Shape = std::vector<std::int64_t>;
 
 // What layers with parameters have in common.
 struct Parameters {
-    bool has_weight, has_bias, weight_adapts, bias_adapts, learns, learns_rates;
+    bool has_weight, has_bias, weight_adapts, bias_adapts, learns, learns_rates, weight_by_number, bias_by_number;
     std::string form;
     bool prelude;
 };
@@ -147,6 +147,8 @@ struct Builder {
         layer.bias_adapts = parameters.bias_adapts;
         layer.learns = parameters.learns;
         layer.learns_rates = parameters.learns_rates;
+        layer.weight_by_number = parameters.weight_by_number;
+        layer.bias_by_number = parameters.bias_by_number;
         layer.form = named(FORMS, parameters.form, "form");
         return layer;
     }
@@ -154,9 +156,10 @@ struct Builder {
 
 // Addresses: of support_x, support_y, query_x, query_y, support_weight, query_weight each with the numbers from task to task
 // and from row to row; then task_losses, support_losses, query_outputs, by_support_x, by_query_x; then of each layer with
-// parameters weight, bias, weight_gradient, bias_gradient, rate_gradients, adapted_weight, adapted_bias. Rates: of each such layer its weight's and its bias's, empty
-// for what does not adapt.
-constexpr std::size_t OF_DATA = 23, OF_LAYER = 7;
+// parameters weight, bias, weight_gradient, bias_gradient, rate_gradients, adapted_weight, adapted_bias, and of rates by number
+// weight_rate_numbers, bias_rate_numbers, weight_rate_gradients, bias_rate_gradients. Rates: of each such layer its weight's
+// and its bias's, empty for what does not adapt.
+constexpr std::size_t OF_DATA = 23, OF_LAYER = 11;
 
 bool run(Prepared& prepared, std::int64_t tasks, const std::vector<Address>& addresses,
          const std::vector<std::pair<Rates, Rates>>& rates, int threads) {
@@ -187,6 +190,10 @@ bool run(Prepared& prepared, std::int64_t tasks, const std::vector<Address>& add
             layer.rate_gradients = at<double>(a[4]);
             layer.adapted_weight = at<void>(a[5]);
             layer.adapted_bias = at<void>(a[6]);
+            layer.weight_rate_numbers = at(a[7]);
+            layer.bias_rate_numbers = at(a[8]);
+            layer.weight_rate_gradients = at<void>(a[9]);
+            layer.bias_rate_gradients = at<void>(a[10]);
             a += OF_LAYER;
             layer.weight_rates = rate->first;
             layer.bias_rates = rate->second;
@@ -246,11 +253,12 @@ NB_MODULE(_cpu, m) {
         .def(
             "__init__",
             [](Parameters* p, bool has_weight, bool has_bias, bool weight_adapts, bool bias_adapts, bool learns,
-               bool learns_rates, const std::string& form, bool prelude) {
-                new (p) Parameters{has_weight, has_bias, weight_adapts, bias_adapts, learns, learns_rates, form, prelude};
+               bool learns_rates, bool weight_by_number, bool bias_by_number, const std::string& form, bool prelude) {
+                new (p) Parameters{has_weight,   has_bias,         weight_adapts,  bias_adapts, learns,
+                                   learns_rates, weight_by_number, bias_by_number, form,        prelude};
             },
             nb::arg("has_weight"), nb::arg("has_bias"), nb::arg("weight_adapts"), nb::arg("bias_adapts"),
-            nb::arg("learns"), nb::arg("learns_rates"), nb::arg("form"), nb::arg("prelude"));
+            nb::arg("learns"), nb::arg("learns_rates"), nb::arg("weight_by_number"), nb::arg("bias_by_number"), nb::arg("form"), nb::arg("prelude"));
     nb::class_<Builder>(m, "Builder")
         .def(nb::init<const std::string&, const std::string&, std::int64_t, std::int64_t, std::int64_t, const Shape&, bool,
                       bool, bool, bool, double, bool, double>(),

@@ -20,7 +20,7 @@ template <class T, class Lanes>
 class Chain {
    public:
     // With an arena that only counts, a chain to ask for sizes.
-    Chain(const Program& program, Arena& arena) : program(program), S(program.steps), goes_below(program.goes_below()) {
+    Chain(const Program& program, Arena& arena) : program(program), S(program.steps), goes_below(program.goes_below()), turns(program.turns()) {
         build_stages();
         allocate(arena);
     }
@@ -39,6 +39,7 @@ class Chain {
     const Program& program;
     const Index S;
     const bool goes_below;      // whether the prelude or the data have gradients
+    const bool turns;           // see Program
     Stages prelude, stages;     // what runs once, and what adapts or lies behind
     std::vector<Fast> fast;     // those of the stages that adapt
     std::vector<Fast> fast_at;  // by stage, null where it does not

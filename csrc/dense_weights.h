@@ -31,6 +31,7 @@ class DenseLinear final : public FastLinear<T, Lanes> {
             else
                 weights[k] = weights[1];
         }
+        if (layer.weight_by_number) rates_.allocate(arena, S, O, I, stride());
         if (!plain) {
             rule_.allocate(arena, O * stride() * U, this->program.rule, keeps_steps);
             taken_.resize(S);
@@ -41,6 +42,10 @@ class DenseLinear final : public FastLinear<T, Lanes> {
         this->workspace.needs(outer_workspace<T, Lanes>(I, larger(in->columns, in->query_columns)));
     }
 
+    void begin_call() override {
+        Base_::begin_call();
+        if (layer.weight_by_number) rates_.begin_call(layer.weight_rate_numbers);
+    }
     void descend(Index k) override {
         Base_::descend(k);
         T* next = weights[k + 1].p;
@@ -59,7 +64,7 @@ class DenseLinear final : public FastLinear<T, Lanes> {
     }
     void turn(Index k) override {
         Base_::turn(k);
-        rule_.turn(k == S - 1, this->weight_rate(k), adjoint);
+        if (!plain) rule_.turn(k == S - 1, rate(k), adjoint);
     }
     void begin_adjoint() override {
         Base_::begin_adjoint();
@@ -80,21 +85,7 @@ class DenseLinear final : public FastLinear<T, Lanes> {
         }
     }
     void add_weight_gradient(T* weight) override {
-        if constexpr (Lanes::tasks) {
-            constexpr Index L = LANES<T>;
-            const Index count = O * I;
-            Index i = 0;
-            for (; i + L <= count; i += L) {
-                Vec<T> v[L];
-                MAML_FAST_UNROLL
-                for (Index j = 0; j < L; ++j) v[j] = load(adjoint + (i + j) * L);
-                store(weight + i, load(weight + i) + lane_sums<T>(v));
-            }
-            for (; i < count; ++i) weight[i] += lane_sum<T>(load(adjoint + i * L));
-        } else {
-            for (Index o = 0; o < O; ++o)
-                for (Index i = 0; i < I; ++i) weight[o * I + i] += adjoint[o * stride() + i];
-        }
+        add_up(weight, [this](Index i) { return Lanes::read(adjoint + i); });
     }
     Index sum_length() const override { return O * I; }
     Index pieces() const override { return O; }
@@ -124,6 +115,10 @@ class DenseLinear final : public FastLinear<T, Lanes> {
              alpha, dx, {}, gate);
     }
 
+    void add_rates_by_number(Index k, T* sums) override {
+        const T* taken = taken_[k].p;
+        add_up(sums, [this, taken](Index i) { return -Lanes::read(taken + i) * Lanes::read(adjoint + i); });
+    }
     // <u_k, Lam>
     double times_adjoint(Index k) override {
         if (plain) return Base_::times_adjoint(k);
@@ -146,7 +141,27 @@ class DenseLinear final : public FastLinear<T, Lanes> {
             for (Index o = 0; o < O; ++o)
                 for (Index i = 0; i < I * U; ++i)
                     next[o * stride() * U + i] = k ? from[o * stride() * U + i] : from[o * I + i / U];
-        rule_.descend(k, this->weight_rate(k), taken, next);
+        rule_.descend(k, rate(k), taken, next);
+    }
+    Rate<T> rate(Index k) const { return layer.weight_by_number ? rates_(k) : Rate<T>{this->weight_rate(k)}; }
+    // sums [O][I] += over tasks, of each unit of the weights, unit(its first number)
+    template <class Unit>
+    void add_up(T* sums, Unit unit) const {
+        if constexpr (Lanes::tasks) {
+            constexpr Index L = LANES<T>;
+            const Index count = O * I;
+            Index i = 0;
+            for (; i + L <= count; i += L) {
+                Vec<T> v[L];
+                MAML_FAST_UNROLL
+                for (Index j = 0; j < L; ++j) v[j] = unit((i + j) * L);
+                store(sums + i, load(sums + i) + lane_sums<T>(v));
+            }
+            for (; i < count; ++i) sums[i] += lane_sum<T>(unit(i * L));
+        } else {
+            for (Index o = 0; o < O; ++o)
+                for (Index i = 0; i < I; ++i) sums[o * I + i] += unit(o * stride() + i);
+        }
     }
     const T* along() const { return plain ? adjoint : rule_.direction(); }
     // Units from one row of weights to the next.
@@ -186,6 +201,7 @@ class DenseLinear final : public FastLinear<T, Lanes> {
     const bool keeps_steps;
     std::vector<Numbers<T>> weights;  // [S + 1]; the first is the shared one, and not kept here
     T* adjoint = nullptr;
+    RatesByNumber<T, Lanes> rates_;
     RuleState<T> rule_;              // where it is not plain:
     std::vector<Numbers<T>> taken_;  // [S], u_k
 };

@@ -57,7 +57,7 @@ class FactoredInput final : public FastLinear<T, Lanes> {
             if (k == 0) clear(moved[1]);
             if (k && goes_below) add_scaled(moved[k], moved[k + 1], 1, false);
             add_scaled(out->cotangent[k], taken, 1, false);
-            return support_rule.descend(k, this->weight_rate(k), taken.p, moved[k + 1].p);
+            return support_rule.descend(k, Rate<T>{this->weight_rate(k)}, taken.p, moved[k + 1].p);
         }
         if (k && goes_below) add_scaled(moved[k], moved[k + 1], 1, false);
         add_scaled(out->cotangent[k], moved[k + 1], -this->weight_rate(k), k > 0);
@@ -71,8 +71,10 @@ class FactoredInput final : public FastLinear<T, Lanes> {
     }
     void turn(Index k) override {
         Base_::turn(k);
-        support_rule.turn(k == S - 1, this->weight_rate(k), t_sum.p);
-        query_rule.turn(k == S - 1, this->weight_rate(k), lam_query.p);
+        if (plain) return;
+        const Rate<T> rate{this->weight_rate(k)};
+        support_rule.turn(k == S - 1, rate, t_sum.p);
+        query_rule.turn(k == S - 1, rate, lam_query.p);
     }
     void pull_back(Index k) override {
         Base_::pull_back(k);

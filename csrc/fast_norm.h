@@ -20,8 +20,13 @@ class FastNorm final : public Rules, public FastStage<T> {
     void allocate(Arena& arena, Index kept) override {
         Rules::allocate(arena, kept);
         const bool keeps = FastStage<T>::layer.learns_rates;
-        if (this->gamma_moves) this->gamma.allocate(arena, this->O, program_, keeps);
-        if (this->beta_moves) this->beta.allocate(arena, this->O, program_, keeps);
+        const Layer& layer = FastStage<T>::layer;
+        if (this->gamma_moves) this->gamma.allocate(arena, this->O, program_, keeps, layer.weight_by_number);
+        if (this->beta_moves) this->beta.allocate(arena, this->O, program_, keeps, layer.bias_by_number);
+    }
+    void begin_call() override {
+        this->gamma.begin_call(FastStage<T>::layer.weight_rate_numbers);
+        this->beta.begin_call(FastStage<T>::layer.bias_rate_numbers);
     }
 
     void descend(Index k) override {
@@ -41,9 +46,9 @@ class FastNorm final : public Rules, public FastStage<T> {
         if (this->gamma_moves) this->gamma.pull_back(units(this->t_d_gamma));
         if (this->beta_moves) this->beta.pull_back(units(this->t_d_beta));
     }
-    void add_rate_gradients(Index k, double* by_gamma, double* by_beta) override {
-        if (this->gamma_moves) by_gamma[k] -= this->gamma.times_adjoint(k, units(this->d_gamma[k].p));
-        if (this->beta_moves) by_beta[k] -= this->beta.times_adjoint(k, units(this->d_beta[k].p));
+    void add_rate_gradients(Index k, const RateSums<T>& sums) override {
+        if (this->gamma_moves) this->gamma.add_rate_gradients(k, units(this->d_gamma[k].p), sums.by_weight, sums.weight);
+        if (this->beta_moves) this->beta.add_rate_gradients(k, units(this->d_beta[k].p), sums.by_bias, sums.bias);
     }
     Index sum_length() const override { return this->gamma_moves ? this->O : 0; }
     Index pieces() const override { return this->gamma_moves; }

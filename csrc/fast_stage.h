@@ -17,18 +17,20 @@ class FastStage : public LearningStage<T> {
     using LearningStage<T>::LearningStage;
     using LearningStage<T>::layer;
 
+    // Once a call: rates may have changed.
+    virtual void begin_call() {}
     virtual void begin_tile() {}
     // Inner step k: theta_{k+1} = theta_k - eta_k g_k, or what the program's rule has for it.
     virtual void descend(Index k) = 0;
     // Lam = the gradient of the query loss at the adapted parameters.
     virtual void begin_adjoint() = 0;
-    // Before step k's tangents, where the rule is not plain: their direction -v, and Lam = Lam - decay v (inner_rule.h).
+    // Before step k's tangents, where `Program::turns`: their direction -v, and Lam = Lam - decay v (inner_rule.h).
     virtual void turn(Index k) = 0;
     // Lam = Lam - H_k v, from the tangents of step k: they are taken in direction -v, of a plain rule -eta_k Lam, and only
     // added.
     virtual void pull_back(Index k) = 0;
-    // Before `turn`: adds dloss/deta_k = -<g_k, Lam>, or -<u_k, Lam>, of weight and bias, to by_weight[k] and by_bias[k].
-    virtual void add_rate_gradients(Index k, double* by_weight, double* by_bias) = 0;
+    // Before `turn`: adds dloss/deta_k = -<g_k, Lam>, or -<u_k, Lam>, of weight and bias; by number -u_k Lam.
+    virtual void add_rate_gradients(Index k, const RateSums<T>& sums) = 0;
 
     // Row o of the adapted weights: [I] units; and number o of the adapted bias, of the task in lane `unit`.
     virtual void adapted_row(Index o, T* row) = 0;
@@ -39,6 +41,33 @@ class FastStage : public LearningStage<T> {
     T bias_rate(Index k) const { return layer.bias_rates.empty() ? T(0) : static_cast<T>(layer.bias_rates[k]); }
 };
 
+// Rates of a parameter's single numbers, in the layer's own order: [rows][stride] units for the parameter's [rows][length].
+template <class T, class Lanes>
+class RatesByNumber {
+   public:
+    static constexpr Index U = Lanes::unit;
+
+    void allocate(Arena& arena, Index steps, Index rows, Index length, Index stride) {
+        steps_ = steps;
+        rows_ = rows;
+        length_ = length;
+        stride_ = U > 1 ? length : stride;
+        if (U == 1) own_ = arena.template take<T>(steps * rows * stride);
+    }
+    void begin_call(const void* from) {
+        shared_ = static_cast<const T*>(from);
+        if (U > 1) return;  // a number serves a whole vector, where it lies
+        for (Index row = 0; row < steps_ * rows_; ++row)
+            for (Index i = 0; i < stride_; ++i) own_[row * stride_ + i] = i < length_ ? shared_[row * length_ + i] : T(0);
+    }
+    Rate<T> operator()(Index k) const { return {0, (U > 1 ? shared_ : own_) + k * rows_ * stride_, U}; }
+
+   private:
+    Index steps_ = 0, rows_ = 0, length_ = 0, stride_ = 0;
+    const T* shared_ = nullptr;
+    T* own_ = nullptr;
+};
+
 // A parameter that is a vector, each task's own from step 1 on: [O] units at every step, and its adjoint. Its gradients,
 // which are sums over a task's rows, come as functions o -> unit.
 template <class T, class Lanes>
@@ -47,12 +76,14 @@ class FastVector {
     using Unit = typename Lanes::Unit;
     static constexpr Index U = Lanes::unit;
 
-    // `keeps`: whether each step's u_k is asked for again.
-    void allocate(Arena& arena, Index length, const Program& program, bool keeps) {
+    // `keeps`: whether each step's u_k is asked for again; `by_number`: whether each number has rates of its own.
+    void allocate(Arena& arena, Index length, const Program& program, bool keeps, bool by_number) {
         O = length;
         S = program.steps;
         own_.resize(S + 1);
-        plain_ = program.rule.plain();
+        by_number_ = by_number;
+        if (by_number) rates_.allocate(arena, S, 1, O, ceil_div(O, LANES<T>) * LANES<T>);
+        plain_ = program.rule.plain() && !by_number;
         if (!plain_) {
             rule_.allocate(arena, O * U, program.rule, program.gradient);
             taken_.resize(S);
@@ -62,6 +93,9 @@ class FastVector {
         adjoint_ = arena.template take<T>(O * U);
     }
 
+    void begin_call(const void* rates) {
+        if (by_number_) rates_.begin_call(rates);
+    }
     // Step k's number o; `shared` [O] is where step 0 has it.
     MAML_FAST_INLINE Unit at(Index k, Index o, const T* shared) const {
         return k ? Lanes::read(own_[k].p + o * U) : Lanes::same(shared[o]);
@@ -82,9 +116,11 @@ class FastVector {
             Lanes::write(own_[k + 1].p + o * U, at(k, o, shared));
             Lanes::write(taken_[k].p + o * U, gradient(o));
         }
-        rule_.descend(k, rate, taken_[k].p, own_[k + 1].p);
+        rule_.descend(k, rate_of(k, rate), taken_[k].p, own_[k + 1].p);
     }
-    void turn(Index k, T rate) { rule_.turn(k == S - 1, rate, adjoint_); }
+    void turn(Index k, T rate) {
+        if (!plain_) rule_.turn(k == S - 1, rate_of(k, rate), adjoint_);
+    }
     template <class Sum>
     void begin_adjoint(Sum gradient) {
         for (Index o = 0; o < O; ++o) Lanes::write(adjoint_ + o * U, gradient(o));
@@ -93,12 +129,19 @@ class FastVector {
     void pull_back(Sum more) {
         for (Index o = 0; o < O; ++o) Lanes::write(adjoint_ + o * U, adjoint(o) + more(o));
     }
-    // <gradient, Lam>, or <u_k, Lam>
+    // Adds -<gradient, Lam>, or -<u_k, Lam>, to `sum`; of rates by number -u_k Lam to `sums` [O].
+    template <class Sum>
+    void add_rate_gradients(Index k, Sum gradient, double* sum, T* sums) const {
+        if (by_number_)
+            for (Index o = 0; o < O; ++o) sums[o] -= Lanes::over_tasks(Lanes::read(taken_[k].p + o * U) * adjoint(o));
+        else
+            *sum -= times_adjoint(k, gradient);
+    }
     template <class Sum>
     double times_adjoint(Index k, Sum gradient) const {
         double total = 0;
         for (Index o = 0; o < O; ++o)
-            total += dot_in_double(plain_ ? gradient(o) : Lanes::read(taken_[k].p + o * U), adjoint(o));
+            total += static_cast<double>(Lanes::over_tasks((plain_ ? gradient(o) : Lanes::read(taken_[k].p + o * U)) * adjoint(o)));
         return total;
     }
     void add_gradient(T* sums) const {
@@ -107,17 +150,12 @@ class FastVector {
     T adapted(Index o, Index unit, const T* shared) const { return S ? own_[S].p[o * U + unit] : shared[o]; }
 
    private:
-    static double dot_in_double(T x, T y) { return static_cast<double>(x) * y; }
-    static double dot_in_double(Vec<T> x, Vec<T> y) {
-        double sum = 0;
-        for (int j = 0; j < LANES<T>; ++j) sum += static_cast<double>(x[j]) * y[j];
-        return sum;
-    }
-
+    Rate<T> rate_of(Index k, T rate) const { return by_number_ ? rates_(k) : Rate<T>{rate}; }
     Index O = 0, S = 0;
     std::vector<Numbers<T>> own_;  // [S + 1]; the first is the shared one, and not kept here
     T* adjoint_ = nullptr;
-    bool plain_ = true;
+    bool plain_ = true, by_number_ = false;
+    RatesByNumber<T, Lanes> rates_;
     RuleState<T> rule_;              // where it is not plain:
     std::vector<Numbers<T>> taken_;  // [S], u_k
 };

@@ -30,13 +30,14 @@ class FastLinear : public LinearStage<T, Lanes>, public FastStage<T> {
           goes_below(first && program.goes_below()),
           program(program),
           S(program.steps),
-          plain(program.rule.plain()),
+          plain(program.rule.plain() && !layer.weight_by_number),
           workspace(workspace) {}
 
     void allocate(Arena& arena, Index) override {
         if (layer.learns_rates) lam_x = arena.template view<T>(O, in->columns);
-        if (layer.has_bias) bias.allocate(arena, O, program, layer.learns_rates);
+        if (layer.has_bias) bias.allocate(arena, O, program, layer.learns_rates, layer.bias_by_number);
     }
+    void begin_call() override { bias.begin_call(layer.bias_rate_numbers); }
 
     // Inner step k: W_{k+1} = W_k - eta_k D_k A_k^T, and so each form; here the bias.
     void descend(Index k) override {
@@ -67,6 +68,7 @@ class FastLinear : public LinearStage<T, Lanes>, public FastStage<T> {
     // t_z = W_k t_A - eta_k (Lam A_k + lam_b), or whatever direction of a rule that is not plain
     void tangent(Index k) override {
         const View<T>* t_x = first ? nullptr : &in->tangent[k];
+        if (has_lam_x()) return tangent_from_lam_x(k, t_x);
         times_both(k, t_x, in->value[k], scale(k), out->tangent[k], adjoint_base(k),
                    this->tangent_gate(k));
     }
@@ -78,9 +80,12 @@ class FastLinear : public LinearStage<T, Lanes>, public FastStage<T> {
     }
 
     // g_k = D_k A_k^T, so <g_k, Lam> is sum(D_k * (Lam A_k)).
-    void add_rate_gradients(Index k, double* by_weight, double* by_bias) override {
-        if (layer.weight_adapts) by_weight[k] -= times_adjoint(k);
-        if (layer.has_bias) by_bias[k] -= bias.times_adjoint(k, column_sums(out->cotangent[k]));
+    void add_rate_gradients(Index k, const RateSums<T>& sums) override {
+        if (layer.weight_by_number)
+            add_rates_by_number(k, sums.weight);
+        else if (layer.weight_adapts)
+            *sums.by_weight -= times_adjoint(k);
+        if (layer.has_bias) bias.add_rate_gradients(k, column_sums(out->cotangent[k]), sums.by_bias, sums.bias);
     }
     T adapted_bias(Index o, Index unit) const override { return bias.adapted(o, unit, shared_bias()); }
 
@@ -98,6 +103,7 @@ class FastLinear : public LinearStage<T, Lanes>, public FastStage<T> {
     virtual void times_both_transposed(Index k, const View<T>& t, const View<T>& d, T alpha, const View<T>& dx,
                                        Gate<T> gate) = 0;
     virtual void add_weight_gradient(T* weight) = 0;
+    virtual void add_rates_by_number(Index, T*) {}  // of dense weights alone
     // <g_k, Lam>, of a plain rule
     virtual double times_adjoint(Index k) {
         const View<T>& d = out->cotangent[k];
@@ -107,9 +113,28 @@ class FastLinear : public LinearStage<T, Lanes>, public FastStage<T> {
             Vec<T> sum{};
             for (Index n = 0; n < d.numbers(); n += LANES<T>)
                 sum += load(d.p + o * d.by_feature + n) * load(lam_x.p + o * lam_x.by_feature + n);
-            for (int j = 0; j < LANES<T>; ++j) total += static_cast<double>(sum[j]);
+            total += static_cast<double>(lane_sum<T>(sum));
         }
         return total;
+    }
+    // Whether `times_adjoint` has left Lam A_k for the tangents of step k.
+    bool has_lam_x() const { return layer.learns_rates && plain && layer.weight_adapts; }
+    void tangent_from_lam_x(Index k, const View<T>* t_x) {
+        const Base<T> base = adjoint_base(k);
+        const T alpha = scale(k);
+        const View<T> z = t_x ? lam_x : out->tangent[k];
+        const Gate<T> gate = this->tangent_gate(k), last = t_x ? Gate<T>{} : gate;
+        for (Index o = 0; o < O; ++o) {
+            const T* b = base.p + o * base.by_a;
+            const Vec<T> along = base.kind == Base<T>::nothing  ? Vec<T>{}
+                                 : base.kind == Base<T>::vector ? load(b) * base.beta
+                                                                : all(*b * base.beta);
+            for (Index n = 0; n < lam_x.columns; ++n) {
+                const Vec<T> moved = load(lam_x.p + o * lam_x.by_feature + n * LANES<T>) * alpha + along;
+                store(z.p + o * z.by_feature + n * LANES<T>, last(moved, o, n));
+            }
+        }
+        if (t_x) times(k, *t_x, out->tangent[k], MAML_FAST_ISA::onto(lam_x), gate);
     }
     // Of Lam in a plain rule's direction; other rules' has its own numbers.
     T scale(Index k) const { return plain ? -this->weight_rate(k) : T(1); }
@@ -137,7 +162,7 @@ class FastLinear : public LinearStage<T, Lanes>, public FastStage<T> {
 
     const Program& program;
     const Index S;
-    const bool plain;  // the inner rule
+    const bool plain;  // what a weight's step does
     Workspace<T>& workspace;
     FastVector<T, Lanes> bias;
     View<T> lam_x;  // Lam A_k

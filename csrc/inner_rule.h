@@ -1,4 +1,4 @@
-// What momentum, Nesterov's variant and weight decay make of an inner step, number by number, and of the adjoint on the way
+// Inner rules that are not plain: what momentum, Nesterov's variant and weight decay make of an inner step, number by number, and of the adjoint on the way
 // back. With g the gradient, eta the rate and m = 0 at first:
 //     h = g + decay theta     m = mu m + h     u = m, or h + mu m (Nesterov)      theta = theta - eta u
 // and back through the same step, with lam the adjoint of theta and n, 0 behind the last step, that of m:
@@ -10,6 +10,19 @@
 #include "program.h"
 
 namespace maml_fast::MAML_FAST_ISA {
+
+// A step's rate: one number, or one for each `unit` numbers.
+template <class T>
+struct Rate {
+    T number = 0;
+    const T* each = nullptr;
+    Index unit = 1;
+
+    MAML_FAST_INLINE Vec<T> operator()(Index i) const {
+        if (!each) return all(number);
+        return unit == 1 ? load(each + i) : all(each[i / unit]);
+    }
+};
 
 template <class T>
 class RuleState {
@@ -25,7 +38,7 @@ class RuleState {
         direction_ = arena.template take<T>(numbers);
     }
     // Step k: `along` holds g and gets u, `theta` is moved. (Vectors at the end reach into what an arena rounds up.)
-    void descend(Index k, T rate, T* along, T* theta) {
+    void descend(Index k, const Rate<T>& rate, T* along, T* theta) {
         for (Index i = 0; i < numbers_; i += LANES<T>) {
             const Vec<T> now = load(theta + i), h = load(along + i) + now * decay_;
             Vec<T> u = h;
@@ -35,13 +48,13 @@ class RuleState {
                 u = nesterov_ ? h + m * mu_ : m;
             }
             store(along + i, u);
-            store(theta + i, now - u * rate);
+            store(theta + i, now - u * rate(i));
         }
     }
     // `last`: of the inner steps, and so the first on the way back.
-    void turn(bool last, T rate, T* lam) {
+    void turn(bool last, const Rate<T>& rate, T* lam) {
         for (Index i = 0; i < numbers_; i += LANES<T>) {
-            const Vec<T> moved = load(lam + i) * rate;
+            const Vec<T> moved = load(lam + i) * rate(i);
             Vec<T> v = moved;
             if (mu_ != 0) {
                 const Vec<T> gained = nesterov_ ? moved * mu_ : moved;

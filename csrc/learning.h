@@ -41,27 +41,45 @@ class LearningStage : public Learning {
     const Index O, I;
 };
 
-// Where a layer's sums lie, in numbers from the start.
-struct Place {
-    const Learning* layer;
-    Index weight, bias;
-};
-
-// Appends the place of one more layer behind the first `numbers`; returns how many there are now.
+// What a layer adds the gradients of a step's rates to: numbers of weight and bias, or, of rates by number, as many as the
+// parameter has.
 template <class T>
-Index put_sums(const Learning* layer, Index numbers, std::vector<Place>& places) {
-    constexpr Index L = LANES<T>;
-    Place place{layer, numbers, 0};
-    place.bias = place.weight + ceil_div(layer->sum_length(), L) * L;
-    places.push_back(place);
-    return place.bias + ceil_div(layer->bias_length(), L) * L;
-}
+struct RateSums {
+    double *by_weight, *by_bias;
+    T *weight, *bias;
+};
 
 // A chunk's sums over its tasks. The places are the same for every chunk of a program.
 template <class T>
 struct Partial {
     T* numbers;     // of each layer that has a gradient: weight, bias
-    double* rates;  // of each layer that adapts: [2, S]
+    double* rates;  // of each layer that has a gradient: [2, S]
 };
+
+// Where a layer's sums lie, in numbers from the start. Behind those of the weight, and of the bias, there are as many for each
+// step's rates, if each number's are learned.
+struct Place {
+    const Learning* layer;
+    Index weight, bias;
+    Index weight_rates, bias_rates;  // steps of them
+
+    template <class T>
+    RateSums<T> rates(const Partial<T>& sums, double* rates, Index k, Index steps) const {
+        return {rates + k, rates + steps + k, sums.numbers + weight + (k + 1) * layer->sum_length(),
+                sums.numbers + bias + (k + 1) * layer->bias_length()};
+    }
+};
+
+// Appends the place of one more layer behind the first `numbers`; returns how many there are now.
+template <class T>
+Index put_sums(const Learning* learning, Index steps, Index numbers, std::vector<Place>& places) {
+    constexpr Index L = LANES<T>;
+    const Layer& layer = learning->description();
+    const auto learned = [&](bool by_number) { return layer.learns_rates && by_number ? steps : 0; };
+    Place place{learning, numbers, 0, learned(layer.weight_by_number), learned(layer.bias_by_number)};
+    place.bias = place.weight + ceil_div(learning->sum_length() * (1 + place.weight_rates), L) * L;
+    places.push_back(place);
+    return place.bias + ceil_div(learning->bias_length() * (1 + place.bias_rates), L) * L;
+}
 
 }  // namespace maml_fast::MAML_FAST_ISA

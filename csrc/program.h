@@ -51,16 +51,26 @@ struct Layer {
     bool weight_adapts = false, bias_adapts = false;
     bool learns = false;               // in the prelude: of weight and bias, those that "adapt" get a gradient
     bool learns_rates = false;         // whether rate_gradients is wanted
+    bool weight_by_number = false;     // each number has rates of its own, and weight_rates counts for nothing
+    bool bias_by_number = false;
     std::vector<double> weight_rates;  // [S]; empty: the weight does not adapt
     std::vector<double> bias_rates;    // [S]; empty: the bias does not adapt
+    const void* weight_rate_numbers = nullptr;  // [S, ...] of the weight's shape
+    const void* bias_rate_numbers = nullptr;    // [S, O]
     const void* weight = nullptr;      // [O, I]; of a convolution [O, I, kernel, kernel]
     const void* bias = nullptr;        // [O]
     void* weight_gradient = nullptr;   // of the weight's shape, summed over tasks
     void* bias_gradient = nullptr;     // [O]
     double* rate_gradients = nullptr;  // [2, S], of weight and bias
+    void* weight_rate_gradients = nullptr;  // of rates by number, as those lie
+    void* bias_rate_gradients = nullptr;
     void* adapted_weight = nullptr;    // [T, ...] after the inner steps; null: not wanted
     void* adapted_bias = nullptr;      // [T, O]
 
+    std::int64_t weight_numbers() const {
+        if (kind == Kind::norm) return out_features;
+        return in_features * out_features * (kind == Kind::conv ? kernel * kernel : 1);
+    }
     bool has_parameters() const { return kind == Kind::linear || kind == Kind::conv || kind == Kind::norm; }
 };
 
@@ -82,6 +92,12 @@ struct Program {
     bool exports = false;  // whether the adapted parameters are wanted
     bool inputs = false;   // whether gradients by the data are wanted
 
+    // Whether a step's direction is more than a number times the adjoint anywhere.
+    bool turns() const {
+        for (const Layer& layer : layers)
+            if (layer.weight_by_number || layer.bias_by_number) return true;
+        return !rule.plain();
+    }
     // Whether anything below what adapts has a gradient.
     bool goes_below() const {
         for (const Layer& layer : layers)

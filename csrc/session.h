@@ -31,7 +31,7 @@ class ProgramSession final : public Session {
         std::unique_ptr<TileOf> tile;
     };
 
-    // Pieces of gradients among those of all layers: the weight's, and the bias as one more.
+    // Pieces of gradients among those of all layers: the weight's and its rates', and the bias and its rates as two more.
     struct Pieces {
         Index begin;
     };
@@ -120,7 +120,7 @@ class ProgramSession final : public Session {
         Index pieces = 0;
         for (const Place& place : blueprint_->places()) {
             job.pieces.push_back({pieces});
-            pieces += place.layer->pieces() + 1;
+            pieces += place.layer->pieces() * (1 + place.weight_rates) + 2;
         }
         job.pieces.push_back({pieces});
         const bool alone = blueprint_->sum_numbers() * job.chunks < SHARED_SUM;
@@ -144,11 +144,17 @@ class ProgramSession final : public Session {
     }
     bool add_up_piece(const Job& job, const Place& place, Index i) const {
         const Layer& layer = place.layer->description();
-        if (i == place.layer->pieces())  // the last: the bias
-            return sum(job, {place.bias, place.layer->bias_length(), 0}, static_cast<T*>(layer.bias_gradient));
-        Piece piece = place.layer->piece(i);
-        piece.from += place.weight;
-        return sum(job, piece, static_cast<T*>(layer.weight_gradient));
+        const Index pieces = place.layer->pieces(), of_weight = pieces * (1 + place.weight_rates);
+        const Index length = place.layer->bias_length();
+        if (i == of_weight) return sum(job, {place.bias, length, 0}, static_cast<T*>(layer.bias_gradient));
+        if (i > of_weight)
+            return sum(job, {place.bias + length, length * place.bias_rates, 0}, static_cast<T*>(layer.bias_rate_gradients));
+        const Index block = i / pieces;  // the weight, then each step's rates
+        Piece piece = place.layer->piece(i % pieces);
+        piece.from += place.weight + block * place.layer->sum_length();
+        if (block == 0) return sum(job, piece, static_cast<T*>(layer.weight_gradient));
+        piece.to += (block - 1) * layer.weight_numbers();
+        return sum(job, piece, static_cast<T*>(layer.weight_rate_gradients));
     }
     // Whether the sums are finite.
     bool sum(const Job& job, Piece piece, T* gradient) const {

@@ -18,13 +18,15 @@ class Tile {
 
     // With an arena that only counts, a tile to ask for sizes.
     Tile(const Program& program, Arena& arena) : chain_(program, arena), program_(program), S(program.steps) {
-        for (const Fast& stage : chain_.fast) sum_numbers_ = put_sums<T>(stage.layer, sum_numbers_, places_);
-        for (const Still& stage : chain_.still) sum_numbers_ = put_sums<T>(stage.layer, sum_numbers_, places_);
+        for (const Fast& stage : chain_.fast) sum_numbers_ = put_sums<T>(stage.layer, S, sum_numbers_, places_);
+        for (const Still& stage : chain_.still) sum_numbers_ = put_sums<T>(stage.layer, S, sum_numbers_, places_);
         zeros_ = arena.template take<T>(chain_.prelude_edges[0].features);
     }
 
-    // Before the tasks that a thread takes of a call: parameters may have changed.
-    void begin_call() {}
+    // Before the tasks that a thread takes of a call: parameters and rates may have changed.
+    void begin_call() {
+        for (const Fast& stage : chain_.fast) stage.layer->begin_call();
+    }
 
     // Tasks first .. first + count - 1; adds what they give to `sums`.
     void run(const TaskData& data, Index first, Index count, const Partial<T>& sums) {
@@ -156,8 +158,8 @@ class Tile {
         for (const Fast& stage : chain_.fast) stage.layer->begin_adjoint();
         if (chain_.goes_below) clear(chain_.prelude_edges.back().cotangent[0]);
         for (Index k = S - 1; k >= 0; --k) {
-            add_rate_gradients(k, sums.rates);
-            if (!program_.rule.plain())
+            add_rate_gradients(k, sums);
+            if (chain_.turns)
                 for (const Fast& stage : chain_.fast) stage.layer->turn(k);
             if (chain_.second_order() && !chain_.fast.empty()) hessian_product(k);
         }
@@ -179,10 +181,10 @@ class Tile {
             for (Index pass = first_pass; pass < 2; ++pass) chain_.prelude[i]->backward(pass);
     }
 
-    void add_rate_gradients(Index k, double* rates) {
-        for (const Fast& stage : chain_.fast) {
-            if (stage.layer->layer.learns_rates) stage.layer->add_rate_gradients(k, rates, rates + S);
-            rates += 2 * S;
+    void add_rate_gradients(Index k, const Partial<T>& sums) {
+        for (std::size_t i = 0; i < chain_.fast.size(); ++i) {
+            FastStage<T>* layer = chain_.fast[i].layer;
+            if (layer->layer.learns_rates) layer->add_rate_gradients(k, places_[i].rates(sums, sums.rates + 2 * S * i, k, S));
         }
     }
 

@@ -78,8 +78,6 @@ def refusals(parts: Layers, asked: Asked, shapes: Shapes) -> list[str]:
     if missing := cpu_features.why_missing():
         return [missing]
     layers = parts.above
-    if asked.by_number:
-        return ["C++ has not: rates for single numbers"]
     found = [
         f"layer '{layer.link.name}' ({layer.link.op}): has no C++ operation"
         for layer in layers
@@ -239,6 +237,8 @@ def _add_weighted(builder: Any, layer: LayerPlan, variant: Variant) -> None:
         bias_adapts=moves[1],
         learns=layer.prelude and variant.gradient and any(moves),
         learns_rates=not variant.learning.isdisjoint(op.parameters),
+        weight_by_number=op.weight in variant.by_number,
+        bias_by_number=op.bias in variant.by_number,
         form=layer.form,
         prelude=layer.prelude,
     )

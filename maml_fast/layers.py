@@ -107,6 +107,7 @@ class Variant(NamedTuple):
     learning: frozenset[str]  # parameters whose rates want a gradient
     rule: InnerRule = SGD()
     inputs: bool = False  # gradients by the data are wanted
+    by_number: frozenset[str] = frozenset()  # parameters that have a rate for each number
 
     @classmethod
     def of(
@@ -126,6 +127,7 @@ class Variant(NamedTuple):
             problem.rates.learning if gradient else frozenset(),
             problem.rule,
             gradient and problem.wants_inputs,
+            problem.rates.by_number,
         )
 
     @classmethod
@@ -146,6 +148,7 @@ class Variant(NamedTuple):
             learning=frozenset(),
             rule=asked.rule,
             inputs=inputs,
+            by_number=asked.by_number.intersection(adapting),
         )
 
 

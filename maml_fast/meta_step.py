@@ -6,6 +6,7 @@ What a pass computes, and in which order: `maml_fast.backends.stepping`, for bac
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from maml_fast.backends import cpu, meta_gradients, reference, stepping, triton
 from maml_fast.backends.body import Body
 from maml_fast.backends.functional import FunctionalStepper
 from maml_fast.backends.planned import PlannedStepper
+from maml_fast.inner import SGD
 from maml_fast.losses import LOSSES, WeightedRows
 from maml_fast.ops import BatchNorm
 from maml_fast.outer import Reptile
@@ -146,6 +148,8 @@ def _run_chunk(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -
 
 
 def _run_reptile(plan: Plan, problem: Problem, batch: TaskBatch) -> Outcome:
+    if plan.backend in ("cpu", "torch") and problem.rule == SGD():
+        return _run_reptile_by_steps(plan, problem, batch)
     batch = blank_inputs(batch)
     adapted = adapt(plan, problem, batch)
     outputs = adapted.predict(batch.query_x)
@@ -156,6 +160,27 @@ def _run_reptile(plan: Plan, problem: Problem, batch: TaskBatch) -> Outcome:
         losses = reference.losses_of(problem, outputs, batch.query_y, batch.query_weight)
     outcome = Outcome(losses, adapted.support_losses, outputs)
     meta_gradients.reptile(problem, adapted, outcome)
+    return outcome
+
+
+def _run_reptile_by_steps(plan: Plan, problem: Problem, batch: TaskBatch) -> Outcome:
+    """Where theta_S = theta_0 - sum eta_k g_k: each g_k, summed over tasks, is the first-order
+    meta-gradient of an inner loop of k steps with the support for a query. No task's own weights
+    are written out."""
+    problem = replace(problem, outer=None, first_order=True, wants_inputs=False)
+    outcome = _run_chunk(plan, problem, batch, gradient=False)
+    x, y, weight = batch.support_x, batch.support_y, batch.support_weight
+    support = TaskBatch(x, y, x, y, weight, weight)
+    found = {name: torch.zeros_like(problem.parameters[name]) for name in problem.learned}
+    for step in range(problem.inner_steps):
+        part = problem.up_to(step)
+        part = replace(part, rates=replace(part.rates, learning=frozenset()))
+        gradients = _run_chunk(plan, part, support, gradient=True).gradients
+        assert gradients is not None
+        for name, rates in problem.rates.values.items():
+            if name in found:
+                found[name] += rates[step] * gradients[name]
+    outcome.gradients, outcome.rate_gradients, outcome.finite = found, {}, None
     return outcome
 
 
@@ -281,9 +306,7 @@ def _add_up(
 ) -> None:
     """The gradients of `parts`, each times its weight, into the total."""
     found = {name: torch.zeros_like(problem.parameters[name]) for name in problem.learned}
-    rates = {
-        name: batch.support_x.new_zeros(problem.inner_steps) for name in problem.rates.learning
-    }
+    rates = {name: _no_rates(problem, name, batch) for name in problem.rates.learning}
     by_input = [torch.zeros_like(x) for x in (batch.support_x, batch.query_x)]
     for weight, part in parts:
         assert part.gradients is not None
@@ -296,6 +319,11 @@ def _add_up(
     total.gradients, total.rate_gradients = found, rates
     if problem.wants_inputs:
         total.input_gradients = by_input[0], by_input[1]
+
+
+def _no_rates(problem: Problem, name: str, batch: TaskBatch) -> Tensor:
+    rates = problem.rates.values[name]
+    return batch.support_x.new_zeros(rates.shape if isinstance(rates, Tensor) else len(rates))
 
 
 def _stepper(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Stepper:

@@ -72,6 +72,11 @@ class RateTable:
     values: Mapping[str, tuple[float, ...] | Tensor]
     learning: frozenset[str] = frozenset()
 
+    @property
+    def by_number(self) -> frozenset[str]:
+        """Names of parameters whose numbers have rates of their own."""
+        return frozenset(n for n, rates in self.values.items() if isinstance(rates, Tensor))
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -136,3 +136,93 @@ def test_rules_in_float32(engine, form):
     )
     report = check(maml, *batch.map(lambda t: t.float()))
     assert report.passed, str(report)
+
+
+# ---- rates of single numbers
+
+
+def rates_by_number(model, draw, which, learned, steps):
+    """Of every parameter, of weights or of biases alone; those of the last step alike by step."""
+    kinds = {"all": "", "weights": "weight", "biases": "bias"}
+    found = {}
+    for i, (name, p) in enumerate(model.named_parameters()):
+        if not name.endswith(kinds[which]):
+            found[name] = 0.1
+            continue
+        rates = 0.15 * draw.normal(1 if i == 1 else steps, *p.shape).abs()
+        found[name] = nn.Parameter(rates) if learned else rates
+    return found
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("which", ["all", "weights", "biases"])
+@pytest.mark.parametrize("name", FLAT)
+def test_rates_by_number(engine, name, which, learned):
+    draw = Draw(40)
+    model, batch = build(FLAT, name, draw)
+    batch = wants_gradients(weighted(batch, draw, gaps=False))
+    rates = rates_by_number(model, draw, which, learned, steps=3)
+    for options in (
+        {},
+        dict(first_order=True),
+        dict(inner_optimizer=RULES["all"]),
+        dict(step_weights=[0.1, 0.2, 0.3, 0.4]),
+    ):
+        assert_same(model, batch, rate=rates, steps=3, **options)
+    one = {n: r[:1] if isinstance(r, torch.Tensor) else r for n, r in rates.items()}
+    assert_same(model, batch, rate=one, steps=1)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("which", ["all", "weights", "biases"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_rates_by_number_of_images(instructions, name, which, learned):
+    draw = Draw(41)
+    model, batch = build(IMAGES, name, draw, tasks=2)
+    batch = wants_gradients(batch)
+    rates = rates_by_number(model, draw, which, learned, steps=3)
+    for options in ({}, dict(first_order=True), dict(inner_optimizer=RULES["nesterov"])):
+        assert_same(model, batch, rate=rates, steps=3, **options)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_rates_by_number_of_a_head(engine, learned):
+    draw = Draw(42)
+    model, batch = build(FLAT, "linear", draw)
+    weight = model[4].weight
+    rates = 0.1 * draw.normal(2, *weight.shape).abs()
+    rate = {"4.weight": nn.Parameter(rates) if learned else rates}
+    assert_same(model, batch, rate=rate, inner_params=["4.weight"])
+
+
+def test_rates_by_number_where_steps_are_computed_again(instructions):
+    draw = Draw(43)
+    model, _ = build(IMAGES, "no norm", draw)
+    x, q = draw.normal(1, 1500, 2, 5, 4), draw.normal(1, 2, 2, 5, 4)
+    batch = TaskBatch(x, draw.normal(1, 1500, CLASSES), q, draw.normal(1, 2, CLASSES))
+    rates = rates_by_number(model, draw, "all", True, steps=3)
+    assert assert_same(model, batch, rate=rates, steps=3).plan(x, q).cpu.replays
+
+
+def test_adapted_with_rates_by_number(engine):
+    draw = Draw(44)
+    model, batch = build(FLAT, "linear", draw)
+    rates = rates_by_number(model, draw, "all", False, steps=2)
+    wanted, found = (
+        MAML(model, "mse", rates, 2, backend=backend).adapt(*batch[:2])
+        for backend in ("reference", "cpu")
+    )
+    q = batch.query_x
+    assert_near(
+        {"out": found(q)} | found.parameters(), {"out": wanted(q)} | wanted.parameters(), 1e-11
+    )
+
+
+def test_rates_by_number_in_float32(engine):
+    """At most twice autograd's error; rates in float64 are taken as float32."""
+    draw = Draw(45)
+    model, batch = build(FLAT, "linear", draw)
+    rates = rates_by_number(model, draw, "all", True, steps=2)
+    maml = MAML(model.float(), "mse", rates, 2, backend="cpu")
+    report = check(maml, *batch.map(lambda t: t.float()))
+    assert report.passed, str(report)

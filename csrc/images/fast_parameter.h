@@ -14,17 +14,20 @@ namespace maml_fast::MAML_FAST_ISA {
 template <class T>
 class FastParameter {
    public:
-    // `wanted`: there is such a parameter. `adapts`: it has rates; then memory for S steps.
-    void allocate(Arena& arena, Index numbers, bool wanted, bool adapts, bool learns_rates, const Program& program) {
+    // `wanted`: there is such a parameter. `adapts`: it has rates; then memory for S steps. `by_number`: and one for each number.
+    void allocate(Arena& arena, Index numbers, bool wanted, bool adapts, bool learns_rates, bool by_number,
+                  const Program& program) {
         const bool gradient = program.gradient, second_order = gradient && !program.first_order;
         numbers_ = numbers;
         adapts_ = wanted && adapts;
         S = program.steps;
-        plain_ = program.rule.plain();
+        by_number_ = adapts_ && by_number;
+        plain_ = program.rule.plain() && !by_number_;
         shared_ = arena.template take<T>(numbers);
         values_.assign(S + 1, {shared_});
         gradients_.assign(S + 1, {nullptr});
         if (!adapts_) return;
+        if (by_number_) rates_ = arena.template take<T>(S * numbers);
         const bool keeps_values = gradient && second_order;
         for (Index k = 1; k <= S; ++k) {
             const bool own = k == 1 || keeps_values;
@@ -40,7 +43,9 @@ class FastParameter {
     }
 
     bool adapts() const { return adapts_; }
+    bool by_number() const { return by_number_; }
     Index numbers() const { return numbers_; }
+    T* rates(Index k) const { return rates_ + k * numbers_; }  // where each number has its own
     T* shared() const { return shared_; }
     const T* value(Index k) const { return adapts_ ? values_[k].p : shared_; }
     // Of the support loss at step k, to be written by the layer's `backward`, and u_k since `descend`; at k = S the adjoint.
@@ -55,13 +60,13 @@ class FastParameter {
         T* to = values_[k + 1].p;
         if (!plain_) {
             if (to != from) std::memcpy(to, from, static_cast<std::size_t>(numbers_) * sizeof(T));
-            return rule_.descend(k, rate, gradients_[k].p, to);
+            return rule_.descend(k, rate_of(k, rate), gradients_[k].p, to);
         }
         for (Index i = 0; i < numbers_; i += LANES<T>) store(to + i, load(from + i) - load(g + i) * rate);
     }
-    // Where the rule is not plain, before the tangents of a step.
+    // Where that is not plain, before the tangents of a step.
     void turn(Index k, T rate) {
-        if (adapts_) rule_.turn(k == S - 1, rate, adjoint());
+        if (adapts_ && !plain_) rule_.turn(k == S - 1, rate_of(k, rate), adjoint());
     }
     void aim(T rate) {
         if (!adapts_ || !plain_) return;
@@ -78,16 +83,23 @@ class FastParameter {
         }
         return -total;
     }
+    // Of rates by number, -u_k lam.
+    void add_rates_by_number(Index k, T* sums) const {
+        const T* u = gradients_[k].p;
+        for (Index i = 0; i < numbers_; i += LANES<T>) store(sums + i, load(sums + i) - load(u + i) * load(adjoint() + i));
+    }
     void add_adjoint_to(T* sums) const {
         if (!adapts_) return;
         for (Index i = 0; i < numbers_; i += LANES<T>) store(sums + i, load(sums + i) + load(adjoint() + i));
     }
 
    private:
+    Rate<T> rate_of(Index k, T rate) const { return by_number_ ? Rate<T>{0, rates(k)} : Rate<T>{rate}; }
+
     Index numbers_ = 0, S = 0;
-    bool adapts_ = false, plain_ = true;
+    bool adapts_ = false, plain_ = true, by_number_ = false;
     RuleState<T> rule_;
-    T *shared_ = nullptr, *direction_ = nullptr;
+    T *shared_ = nullptr, *direction_ = nullptr, *rates_ = nullptr;
     std::vector<Numbers<T>> values_, gradients_;  // [S + 1]
 };
 

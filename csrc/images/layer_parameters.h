@@ -19,11 +19,21 @@ class LayerParameters : public Learning {
     bool adapts() const { return layer.weight_adapts || layer.bias_adapts; }
 
     void allocate(Arena& arena) {
-        weight.allocate(arena, weight_numbers(), layer.has_weight, layer.weight_adapts, layer.learns_rates, program_);
-        bias.allocate(arena, bias_numbers(), layer.has_bias, layer.bias_adapts, layer.learns_rates, program_);
+        weight.allocate(arena, weight_numbers(), layer.has_weight, layer.weight_adapts, layer.learns_rates,
+                        layer.weight_by_number, program_);
+        bias.allocate(arena, bias_numbers(), layer.has_bias, layer.bias_adapts, layer.learns_rates, layer.bias_by_number,
+                      program_);
     }
-    // The parameters that all tasks share, in the layer's own order.
+    // The parameters that all tasks share, and rates by number, in the layer's own order.
     void turn_in() {
+        for (Index k = 0; k < program_.steps; ++k) {
+            if (weight.by_number())
+                for (Index i = 0; i < pieces(); ++i)
+                    turn_in(static_cast<const T*>(layer.weight_rate_numbers) + k * weight_length(), piece(i), weight.rates(k));
+            if (bias.by_number())
+                for (Index i = 0; i < bias_pieces(); ++i)
+                    turn_in(static_cast<const T*>(layer.bias_rate_numbers) + k * layer.out_features, bias_piece(i), bias.rates(k));
+        }
         if (layer.has_weight)
             for (Index i = 0; i < pieces(); ++i) turn_in(static_cast<const T*>(layer.weight), piece(i), weight.shared());
         if (layer.has_bias)
@@ -43,9 +53,21 @@ class LayerParameters : public Learning {
         weight.descend(k, rate(layer.weight_rates, k));
         bias.descend(k, rate(layer.bias_rates, k));
     }
-    void add_rate_gradients(Index k, double* by_weight, double* by_bias) const {
-        by_weight[k] += weight.rate_gradient(k);
-        by_bias[k] += bias.rate_gradient(k);
+    void add_rate_gradients(Index k, const RateSums<T>& sums) const {
+        if (weight.by_number())
+            weight.add_rates_by_number(k, sums.weight);
+        else
+            *sums.by_weight += weight.rate_gradient(k);
+        if (!bias.by_number()) {
+            *sums.by_bias += bias.rate_gradient(k);
+            return;
+        }
+        for (Index i = 0; i < bias_pieces(); ++i) {
+            const Piece piece = bias_piece(i);
+            const T *u = bias.gradient(k), *lam = bias.adjoint();
+            for (Index j = 0; j < piece.count; ++j)
+                sums.bias[piece.to + j * piece.by] -= u[piece.from + j] * lam[piece.from + j];
+        }
     }
     // Adds the task's adjoint to the sums.
     void add_gradient(T* weight_sums, T* bias_sums) const {

@@ -17,8 +17,8 @@ class ImageTile {
     static constexpr bool begins_with_zeros = true;
 
     // With an arena that only counts, a tile to ask for sizes.
-    ImageTile(const Program& program, Arena& arena) : chain_(program, arena), program_(program), S(program.steps) {
-        for (const auto& fast : chain_.fast) sum_numbers_ = put_sums<T>(fast.layer, sum_numbers_, places_);
+    ImageTile(const Program& program, Arena& arena) : chain_(program, arena), program_(program), S(program.steps), turns_(program.turns()) {
+        for (const auto& fast : chain_.fast) sum_numbers_ = put_sums<T>(fast.layer, S, sum_numbers_, places_);
     }
 
     // Before the tasks that a thread takes of a call: parameters may have changed.
@@ -137,11 +137,10 @@ class ImageTile {
         backward(S);
         if (program_.inputs) clear(by_data()[0]);
         for (Index k = S - 1; k >= 0; --k) {
-            double* rates = sums.rates;
-            for (const auto& fast : chain_.fast) {
-                if (fast.layer->layer.learns_rates) fast.layer->add_rate_gradients(k, rates, rates + S);
-                rates += 2 * S;
-                if (!program_.rule.plain()) fast.layer->turn(k);
+            for (std::size_t i = 0; i < places_.size(); ++i) {
+                auto* layer = chain_.fast[i].layer;
+                if (layer->layer.learns_rates) layer->add_rate_gradients(k, places_[i].rates(sums, sums.rates + 2 * S * i, k, S));
+                if (turns_) layer->turn(k);
             }
             if (chain_.second_order() && !chain_.fast.empty()) hessian_product(k);
         }
@@ -181,6 +180,7 @@ class ImageTile {
     ImageChain<T> chain_;
     const Program& program_;
     const Index S;
+    const bool turns_;  // see Program
     std::vector<Place> places_;
     Index sum_numbers_ = 0;
 };

@@ -7,7 +7,7 @@ tasks that takes longer than the arithmetic, so what can be known before a call 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from maml_fast.layers import Layers, Variant
 from maml_fast.ops import Weighted
 from maml_fast.plan import Plan
 from maml_fast.problem import FlatGradients, Outcome, Problem, TaskBatch
+
+Rates = Mapping[str, tuple[float, ...] | Tensor]
 
 PROGRAMS_KEPT = 8  # of a plan, and one for each step's loss: each keeps memory for its tiles
 
@@ -121,6 +123,7 @@ class Program:
         flat = x.new_empty(self.numbers) if variant.gradient else None
         alive: list[Tensor] = []  # what addresses point to, until the call is over
         rate_gradients: list[Tensor | None] = []
+        by_number: dict[str, Tensor] = {}  # gradients of rates
         flat_start = 0 if flat is None else flat.data_ptr()
         addresses = [number for tensor in batch for number in _rows(tensor, alive)]
         by_input: tuple[Tensor, Tensor] | None = None
@@ -143,22 +146,51 @@ class Program:
                 address(by_step, alive),
                 address(adapted.get(weight), alive) if adapted else 0,
                 address(adapted.get(bias), alive) if adapted else 0,
+                *(self._numbers_of_rates(values, (weight, bias), by_number, alive)),
             )
-            rates.append((values.get(weight, ()), values.get(bias, ())))
+            rates.append((self._of_steps(values, weight), self._of_steps(values, bias)))
         finite = self.prepared.run(tasks, addresses, rates, torch.get_num_threads())
         outcome = Outcome(losses, support_losses, outputs, finite=finite)
         if flat is not None:
             outcome.gradients = FlatGradients(variant.adapting, flat, self.like)
             for name in self.unused:
                 outcome.gradients[name].zero_()
-            outcome.rate_gradients = self._by_name(rate_gradients, x)
+            outcome.rate_gradients = self._by_name(rate_gradients, x) | by_number
             outcome.input_gradients = by_input
         return outcome
+
+    def _of_steps(self, values: Rates, name: str) -> tuple[float, ...]:
+        """A rate for each step; zeros for the engine where each number has its own."""
+        if name in self.variant.by_number:
+            return (0.0,) * self.variant.inner_steps
+        rates = values.get(name, ())
+        assert not isinstance(rates, Tensor)
+        return rates
+
+    def _numbers_of_rates(
+        self,
+        values: Rates,
+        names: tuple[str, str],
+        gradients: dict[str, Tensor],
+        alive: list[Tensor],
+    ) -> list[int]:
+        """Addresses of rates by number, [S, *shape], and of their gradients, which are made."""
+        places = [0, 0, 0, 0]
+        for i, name in enumerate(names):
+            if name in self.variant.by_number:
+                rates = values[name]
+                assert isinstance(rates, Tensor)
+                places[i] = address(rates.detach().to(self.dtype), alive)
+                if name in self.variant.learning:
+                    gradients[name] = torch.empty(rates.shape, dtype=self.dtype)
+                    places[i + 2] = address(gradients[name], alive)
+        return places
 
     def _by_name(self, rate_gradients: Sequence[Tensor | None], like: Tensor) -> dict[str, Tensor]:
         learning = self.variant.learning
         if not learning:
             return {}
+        learning = learning - self.variant.by_number
         found = {name: like.new_zeros(self.variant.inner_steps) for name in learning}
         for (weight, bias, *_), by_step in zip(self.layers, rate_gradients, strict=True):
             if by_step is not None:
