@@ -69,6 +69,7 @@ using Shape = std::vector<std::int64_t>;
 // What layers with parameters have in common.
 struct Parameters {
     bool has_weight, has_bias, weight_adapts, bias_adapts, learns, learns_rates, weight_by_number, bias_by_number;
+    bool weight_by_step, bias_by_step;
     std::string form;
     bool prelude;
 };
@@ -149,6 +150,8 @@ struct Builder {
         layer.learns_rates = parameters.learns_rates;
         layer.weight_by_number = parameters.weight_by_number;
         layer.bias_by_number = parameters.bias_by_number;
+        layer.weight_by_step = parameters.weight_by_step;
+        layer.bias_by_step = parameters.bias_by_step;
         layer.form = named(FORMS, parameters.form, "form");
         return layer;
     }
@@ -253,12 +256,14 @@ NB_MODULE(_cpu, m) {
         .def(
             "__init__",
             [](Parameters* p, bool has_weight, bool has_bias, bool weight_adapts, bool bias_adapts, bool learns,
-               bool learns_rates, bool weight_by_number, bool bias_by_number, const std::string& form, bool prelude) {
-                new (p) Parameters{has_weight,   has_bias,         weight_adapts,  bias_adapts, learns,
-                                   learns_rates, weight_by_number, bias_by_number, form,        prelude};
+               bool learns_rates, bool weight_by_number, bool bias_by_number, bool weight_by_step, bool bias_by_step,
+               const std::string& form, bool prelude) {
+                new (p) Parameters{has_weight,       has_bias,       weight_adapts,  bias_adapts,  learns, learns_rates,
+                                   weight_by_number, bias_by_number, weight_by_step, bias_by_step, form,   prelude};
             },
             nb::arg("has_weight"), nb::arg("has_bias"), nb::arg("weight_adapts"), nb::arg("bias_adapts"),
-            nb::arg("learns"), nb::arg("learns_rates"), nb::arg("weight_by_number"), nb::arg("bias_by_number"), nb::arg("form"), nb::arg("prelude"));
+            nb::arg("learns"), nb::arg("learns_rates"), nb::arg("weight_by_number"), nb::arg("bias_by_number"), nb::arg("weight_by_step"),
+            nb::arg("bias_by_step"), nb::arg("form"), nb::arg("prelude"));
     nb::class_<Builder>(m, "Builder")
         .def(nb::init<const std::string&, const std::string&, std::int64_t, std::int64_t, std::int64_t, const Shape&, bool,
                       bool, bool, bool, double, bool, double>(),

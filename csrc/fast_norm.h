@@ -21,12 +21,13 @@ class FastNorm final : public Rules, public FastStage<T> {
         Rules::allocate(arena, kept);
         const bool keeps = FastStage<T>::layer.learns_rates;
         const Layer& layer = FastStage<T>::layer;
-        if (this->gamma_moves) this->gamma.allocate(arena, this->O, program_, keeps, layer.weight_by_number);
-        if (this->beta_moves) this->beta.allocate(arena, this->O, program_, keeps, layer.bias_by_number);
+        if (this->gamma_moves) this->gamma.allocate(arena, this->O, program_, keeps, {layer.weight_by_number, layer.weight_by_step});
+        if (this->beta_moves) this->beta.allocate(arena, this->O, program_, keeps, {layer.bias_by_number, layer.bias_by_step});
     }
     void begin_call() override {
-        this->gamma.begin_call(FastStage<T>::layer.weight_rate_numbers);
-        this->beta.begin_call(FastStage<T>::layer.bias_rate_numbers);
+        const Layer& layer = FastStage<T>::layer;
+        this->gamma.begin_call(layer.weight_rate_numbers, layer.weight);
+        this->beta.begin_call(layer.bias_rate_numbers, layer.bias);
     }
 
     void descend(Index k) override {
@@ -42,9 +43,9 @@ class FastNorm final : public Rules, public FastStage<T> {
         if (this->gamma_moves) this->gamma.turn(k, this->weight_rate(k));
         if (this->beta_moves) this->beta.turn(k, this->bias_rate(k));
     }
-    void pull_back(Index) override {
-        if (this->gamma_moves) this->gamma.pull_back(units(this->t_d_gamma));
-        if (this->beta_moves) this->beta.pull_back(units(this->t_d_beta));
+    void pull_back(Index k) override {
+        if (this->gamma_moves) this->gamma.pull_back(k, units(this->t_d_gamma));
+        if (this->beta_moves) this->beta.pull_back(k, units(this->t_d_beta));
     }
     void add_rate_gradients(Index k, const RateSums<T>& sums) override {
         if (this->gamma_moves) this->gamma.add_rate_gradients(k, units(this->d_gamma[k].p), sums.by_weight, sums.weight);

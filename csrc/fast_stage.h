@@ -17,7 +17,7 @@ class FastStage : public LearningStage<T> {
     using LearningStage<T>::LearningStage;
     using LearningStage<T>::layer;
 
-    // Once a call: rates may have changed.
+    // Once a call: rates may have changed, and steps' own values.
     virtual void begin_call() {}
     virtual void begin_tile() {}
     // Inner step k: theta_{k+1} = theta_k - eta_k g_k, or what the program's rule has for it.
@@ -68,22 +68,28 @@ class RatesByNumber {
     T* own_ = nullptr;
 };
 
+// What a vector is beside plain: whether each number has rates of its own, or each step a value.
+struct VectorKind {
+    bool by_number = false, by_step = false;
+};
+
 // A parameter that is a vector, each task's own from step 1 on: [O] units at every step, and its adjoint. Its gradients,
-// which are sums over a task's rows, come as functions o -> unit.
+// which are sums over a task's rows, come as functions o -> unit. One with values for each step does not move, and has an
+// adjoint for each.
 template <class T, class Lanes>
 class FastVector {
    public:
     using Unit = typename Lanes::Unit;
     static constexpr Index U = Lanes::unit;
 
-    // `keeps`: whether each step's u_k is asked for again; `by_number`: whether each number has rates of its own.
-    void allocate(Arena& arena, Index length, const Program& program, bool keeps, bool by_number) {
+    // `keeps`: whether each step's u_k is asked for again.
+    void allocate(Arena& arena, Index length, const Program& program, bool keeps, VectorKind kind) {
         O = length;
         S = program.steps;
         own_.resize(S + 1);
-        by_number_ = by_number;
-        if (by_number) rates_.allocate(arena, S, 1, O, ceil_div(O, LANES<T>) * LANES<T>);
-        plain_ = program.rule.plain() && !by_number;
+        kind_ = kind;
+        if (kind.by_number) rates_.allocate(arena, S, 1, O, ceil_div(O, LANES<T>) * LANES<T>);
+        plain_ = kind.by_step || (program.rule.plain() && !kind.by_number);
         if (!plain_) {
             rule_.allocate(arena, O * U, program.rule, program.gradient);
             taken_.resize(S);
@@ -91,10 +97,15 @@ class FastVector {
         }
         for (Index k = 1; k <= S; ++k) own_[k] = {arena.template take<T>(O * U)};
         adjoint_ = arena.template take<T>(O * U);
+        if (kind.by_step) of_steps_ = arena.template take<T>(S * O * U);
     }
 
-    void begin_call(const void* rates) {
-        if (by_number_) rates_.begin_call(rates);
+    // `values`: the parameter, as the program has it.
+    void begin_call(const void* rates, const void* values) {
+        if (kind_.by_number) rates_.begin_call(rates);
+        if (!kind_.by_step) return;
+        for (Index k = 1; k <= S; ++k)
+            for (Index o = 0; o < O; ++o) Lanes::write(own_[k].p + o * U, Lanes::same(static_cast<const T*>(values)[k * O + o]));
     }
     // Step k's number o; `shared` [O] is where step 0 has it.
     MAML_FAST_INLINE Unit at(Index k, Index o, const T* shared) const {
@@ -108,6 +119,7 @@ class FastVector {
 
     template <class Sum>
     void descend(Index k, T rate, const T* shared, Sum gradient) {
+        if (kind_.by_step) return;
         if (plain_) {
             for (Index o = 0; o < O; ++o) Lanes::write(own_[k + 1].p + o * U, at(k, o, shared) - gradient(o) * rate);
             return;
@@ -124,15 +136,19 @@ class FastVector {
     template <class Sum>
     void begin_adjoint(Sum gradient) {
         for (Index o = 0; o < O; ++o) Lanes::write(adjoint_ + o * U, gradient(o));
+        if (kind_.by_step) std::memset(of_steps_, 0, static_cast<std::size_t>(S * O * U) * sizeof(T));
     }
     template <class Sum>
-    void pull_back(Sum more) {
-        for (Index o = 0; o < O; ++o) Lanes::write(adjoint_ + o * U, adjoint(o) + more(o));
+    void pull_back(Index k, Sum more) {
+        if (kind_.by_step)
+            for (Index o = 0; o < O; ++o) Lanes::write(of_steps_ + (k * O + o) * U, more(o));
+        else
+            for (Index o = 0; o < O; ++o) Lanes::write(adjoint_ + o * U, adjoint(o) + more(o));
     }
     // Adds -<gradient, Lam>, or -<u_k, Lam>, to `sum`; of rates by number -u_k Lam to `sums` [O].
     template <class Sum>
     void add_rate_gradients(Index k, Sum gradient, double* sum, T* sums) const {
-        if (by_number_)
+        if (kind_.by_number)
             for (Index o = 0; o < O; ++o) sums[o] -= Lanes::over_tasks(Lanes::read(taken_[k].p + o * U) * adjoint(o));
         else
             *sum -= times_adjoint(k, gradient);
@@ -145,16 +161,22 @@ class FastVector {
         return total;
     }
     void add_gradient(T* sums) const {
+        if (kind_.by_step) {
+            for (Index i = 0; i < S * O; ++i) sums[i] += Lanes::over_tasks(Lanes::read(of_steps_ + i * U));
+            sums += S * O;
+        }
         for (Index o = 0; o < O; ++o) sums[o] += Lanes::over_tasks(adjoint(o));
     }
     T adapted(Index o, Index unit, const T* shared) const { return S ? own_[S].p[o * U + unit] : shared[o]; }
 
    private:
-    Rate<T> rate_of(Index k, T rate) const { return by_number_ ? rates_(k) : Rate<T>{rate}; }
+    Rate<T> rate_of(Index k, T rate) const { return kind_.by_number ? rates_(k) : Rate<T>{rate}; }
     Index O = 0, S = 0;
     std::vector<Numbers<T>> own_;  // [S + 1]; the first is the shared one, and not kept here
     T* adjoint_ = nullptr;
-    bool plain_ = true, by_number_ = false;
+    T* of_steps_ = nullptr;  // [S] adjoints, where each step has its own value; the query's is adjoint_
+    bool plain_ = true;
+    VectorKind kind_;
     RatesByNumber<T, Lanes> rates_;
     RuleState<T> rule_;              // where it is not plain:
     std::vector<Numbers<T>> taken_;  // [S], u_k

@@ -35,9 +35,9 @@ class FastLinear : public LinearStage<T, Lanes>, public FastStage<T> {
 
     void allocate(Arena& arena, Index) override {
         if (layer.learns_rates) lam_x = arena.template view<T>(O, in->columns);
-        if (layer.has_bias) bias.allocate(arena, O, program, layer.learns_rates, layer.bias_by_number);
+        if (layer.has_bias) bias.allocate(arena, O, program, layer.learns_rates, {layer.bias_by_number});
     }
-    void begin_call() override { bias.begin_call(layer.bias_rate_numbers); }
+    void begin_call() override { bias.begin_call(layer.bias_rate_numbers, layer.bias); }
 
     // Inner step k: W_{k+1} = W_k - eta_k D_k A_k^T, and so each form; here the bias.
     void descend(Index k) override {
@@ -51,7 +51,7 @@ class FastLinear : public LinearStage<T, Lanes>, public FastStage<T> {
         if (layer.has_bias) bias.turn(k, this->bias_rate(k));
     }
     void pull_back(Index k) override {
-        if (layer.has_bias) bias.pull_back(column_sums(out->t_cotangent[k]));
+        if (layer.has_bias) bias.pull_back(k, column_sums(out->t_cotangent[k]));
     }
     void add_gradient(T* weight, T* bias_sums) override {
         add_weight_gradient(weight);

@@ -56,12 +56,12 @@ struct Partial {
     double* rates;  // of each layer that has a gradient: [2, S]
 };
 
-// Where a layer's sums lie, in numbers from the start. Behind those of the weight, and of the bias, there are as many for each
-// step's rates, if each number's are learned.
+// Where a layer's sums lie, in numbers from the start. Behind those of the weight, and of the bias, there may be as many again:
+// for each step's rates, if each number's are learned; or for the values that steps have of their own.
 struct Place {
     const Learning* layer;
     Index weight, bias;
-    Index weight_rates, bias_rates;  // steps of them
+    Index more_of_weight, more_of_bias;  // how often
 
     template <class T>
     RateSums<T> rates(const Partial<T>& sums, double* rates, Index k, Index steps) const {
@@ -75,11 +75,12 @@ template <class T>
 Index put_sums(const Learning* learning, Index steps, Index numbers, std::vector<Place>& places) {
     constexpr Index L = LANES<T>;
     const Layer& layer = learning->description();
-    const auto learned = [&](bool by_number) { return layer.learns_rates && by_number ? steps : 0; };
-    Place place{learning, numbers, 0, learned(layer.weight_by_number), learned(layer.bias_by_number)};
-    place.bias = place.weight + ceil_div(learning->sum_length() * (1 + place.weight_rates), L) * L;
+    const auto more = [&](bool by_number, bool by_step) { return by_step || (by_number && layer.learns_rates) ? steps : 0; };
+    Place place{learning, numbers, 0, more(layer.weight_by_number, layer.weight_by_step),
+                more(layer.bias_by_number, layer.bias_by_step)};
+    place.bias = place.weight + ceil_div(learning->sum_length() * (1 + place.more_of_weight), L) * L;
     places.push_back(place);
-    return place.bias + ceil_div(learning->bias_length() * (1 + place.bias_rates), L) * L;
+    return place.bias + ceil_div(learning->bias_length() * (1 + place.more_of_bias), L) * L;
 }
 
 }  // namespace maml_fast::MAML_FAST_ISA

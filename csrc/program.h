@@ -50,6 +50,9 @@ struct Layer {
     bool has_weight = true, has_bias = false;
     bool weight_adapts = false, bias_adapts = false;
     bool learns = false;               // in the prelude: of weight and bias, those that "adapt" get a gradient
+    // A norm's, which do not move then: whether they have values of their own for each step and the query, [S + 1, ...], as has
+    // the gradient.
+    bool weight_by_step = false, bias_by_step = false;
     bool learns_rates = false;         // whether rate_gradients is wanted
     bool weight_by_number = false;     // each number has rates of its own, and weight_rates counts for nothing
     bool bias_by_number = false;

@@ -31,7 +31,7 @@ class ProgramSession final : public Session {
         std::unique_ptr<TileOf> tile;
     };
 
-    // Pieces of gradients among those of all layers: the weight's and its rates', and the bias and its rates as two more.
+    // Pieces of gradients among those of all layers: the weight's and what lies behind, and two more, the bias and what does.
     struct Pieces {
         Index begin;
     };
@@ -120,7 +120,7 @@ class ProgramSession final : public Session {
         Index pieces = 0;
         for (const Place& place : blueprint_->places()) {
             job.pieces.push_back({pieces});
-            pieces += place.layer->pieces() * (1 + place.weight_rates) + 2;
+            pieces += place.layer->pieces() * (1 + place.more_of_weight) + 2;
         }
         job.pieces.push_back({pieces});
         const bool alone = blueprint_->sum_numbers() * job.chunks < SHARED_SUM;
@@ -144,15 +144,20 @@ class ProgramSession final : public Session {
     }
     bool add_up_piece(const Job& job, const Place& place, Index i) const {
         const Layer& layer = place.layer->description();
-        const Index pieces = place.layer->pieces(), of_weight = pieces * (1 + place.weight_rates);
+        const Index pieces = place.layer->pieces(), of_weight = pieces * (1 + place.more_of_weight);
         const Index length = place.layer->bias_length();
         if (i == of_weight) return sum(job, {place.bias, length, 0}, static_cast<T*>(layer.bias_gradient));
-        if (i > of_weight)
-            return sum(job, {place.bias + length, length * place.bias_rates, 0}, static_cast<T*>(layer.bias_rate_gradients));
-        const Index block = i / pieces;  // the weight, then each step's rates
+        if (i > of_weight) {
+            T* to = static_cast<T*>(layer.bias_by_step ? layer.bias_gradient : layer.bias_rate_gradients);
+            return sum(job, {place.bias + length, length * place.more_of_bias, layer.bias_by_step ? length : 0}, to);
+        }
+        const Index block = i / pieces;
         Piece piece = place.layer->piece(i % pieces);
         piece.from += place.weight + block * place.layer->sum_length();
-        if (block == 0) return sum(job, piece, static_cast<T*>(layer.weight_gradient));
+        if (block == 0 || layer.weight_by_step) {
+            piece.to += block * layer.weight_numbers();
+            return sum(job, piece, static_cast<T*>(layer.weight_gradient));
+        }
         piece.to += (block - 1) * layer.weight_numbers();
         return sum(job, piece, static_cast<T*>(layer.weight_rate_gradients));
     }

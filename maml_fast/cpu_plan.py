@@ -83,6 +83,13 @@ def refusals(parts: Layers, asked: Asked, shapes: Shapes) -> list[str]:
         for layer in layers
         if not _has(layer)
     ]
+    found += [
+        f"layer '{layer.link.name}' ({layer.link.op}): C++ has values for each step of norms alone"
+        for layer in layers
+        if isinstance(layer.link.op, Weighted)
+        and not isinstance(layer.link.op, Norm)
+        and not set(layer.link.op.parameters).isdisjoint(asked.by_step)
+    ]
     return found + [
         f"layer '{layer.link.name}' ({layer.link.op}): C++ has layer norms of all axes, of all but "
         f"the channels, or of the last; a row is {list(layer.features)}"
@@ -239,6 +246,8 @@ def _add_weighted(builder: Any, layer: LayerPlan, variant: Variant) -> None:
         learns_rates=not variant.learning.isdisjoint(op.parameters),
         weight_by_number=op.weight in variant.by_number,
         bias_by_number=op.bias in variant.by_number,
+        weight_by_step=op.weight in variant.by_step,
+        bias_by_step=op.bias in variant.by_step,
         form=layer.form,
         prelude=layer.prelude,
     )

@@ -66,7 +66,7 @@ FEATURES = (
     Feature("proximal term", _options(inner_optimizer=inner.SGD(proximal=1.0))),
     Feature("Adam, or a rule of one's own", _options(inner_optimizer=inner.Adam())),
     Feature("losses of all steps (MAML++)", _options(step_weights=[0.2, 0.3, 0.5])),
-    Feature("norms with values for each step (MAML++)", _options(step_params=["2.*"])),
+    Feature("norms with values for each step (MAML++)", _options(step_params=["3.*"])),
     Feature(
         "weights of rows, masks",
         _options(),
@@ -84,7 +84,8 @@ FEATURES = (
 def try_out(feature: Feature, backend: str) -> Found:
     """Whether a backend runs it: one small meta-step, with its gradient."""
     generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    norm = nn.LayerNorm(4)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), norm, nn.Linear(4, 2))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)

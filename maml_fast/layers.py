@@ -73,6 +73,8 @@ class Asked:
             found.append(WEIGHTED_ROWS)
         if self.wants_inputs:
             found.append("gradients by the inputs")
+        if self.by_step:
+            found.append("step_params")
         return found
 
     def may_be_factored(self, names: Collection[str]) -> bool:
@@ -108,6 +110,7 @@ class Variant(NamedTuple):
     rule: InnerRule = SGD()
     inputs: bool = False  # gradients by the data are wanted
     by_number: frozenset[str] = frozenset()  # parameters that have a rate for each number
+    by_step: frozenset[str] = frozenset()  # that have values for each step
 
     @classmethod
     def of(
@@ -128,6 +131,7 @@ class Variant(NamedTuple):
             problem.rule,
             gradient and problem.wants_inputs,
             problem.rates.by_number,
+            frozenset(problem.by_step),
         )
 
     @classmethod
@@ -149,6 +153,7 @@ class Variant(NamedTuple):
             rule=asked.rule,
             inputs=inputs,
             by_number=asked.by_number.intersection(adapting),
+            by_step=frozenset(asked.by_step),
         )
 
 
@@ -209,11 +214,6 @@ def plan_layers(
             f"inner_optimizer {asked.rule} is not planned; planned is SGD, with momentum and "
             "weight decay"
         )
-    if asked.by_step:
-        refusals.append(
-            "step_params, parameters with values for each step, run on backends functional and "
-            "reference"
-        )
     if isinstance(asked.outer, Implicit):
         refusals.append("meta_gradient Implicit runs on backends functional and reference")
     if shapes.dtype not in (torch.float32, torch.float64):
@@ -235,6 +235,12 @@ def plan_layers(
             layers.append(LayerPlan(link, features, 1, prelude, ""))
             features = after
             continue
+        own = set(link.op.parameters)
+        if not own.isdisjoint(asked.by_step) and not own.isdisjoint(asked.adapting):
+            return Layers([], []), [
+                f"layer '{link.name}' ({link.op}): some of its parameters adapt and others have "
+                "values for each step; that runs on backends functional and reference"
+            ]
         learns = not {*asked.adapting, *asked.learned}.isdisjoint(link.op.parameters)
         adapts = learns and i >= height
         before, prelude = prelude, prelude and not adapts
@@ -254,13 +260,13 @@ def plan_layers(
 
 
 def _body_height(links: Sequence[Link], asked: Asked) -> int:
-    """How many links the body has: what learns and does not adapt, below all that does; with
-    gradients by the inputs, whatever runs once."""
+    """How many links the body has: what learns and does not adapt, below all that does or has
+    values for each step; with gradients by the inputs, whatever runs once."""
     lowest = len(links)
     learns = asked.wants_inputs
     for i, link in enumerate(links):
         if isinstance(link.op, Weighted):
-            if not set(link.op.parameters).isdisjoint(asked.adapting):
+            if not set(link.op.parameters).isdisjoint((*asked.adapting, *asked.by_step)):
                 lowest = i
                 break
             learns = learns or not set(link.op.parameters).isdisjoint(asked.learned)

@@ -6,12 +6,12 @@ What a pass computes, and in which order: `maml_fast.backends.stepping`, for bac
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from maml_fast.backends import cpu, meta_gradients, reference, stepping, triton
+from maml_fast.backends import cpu, lengths, meta_gradients, reference, stepping, triton
 from maml_fast.backends.body import Body
 from maml_fast.backends.functional import FunctionalStepper
 from maml_fast.backends.planned import PlannedStepper
@@ -20,7 +20,7 @@ from maml_fast.losses import LOSSES, WeightedRows
 from maml_fast.ops import BatchNorm
 from maml_fast.outer import Reptile
 from maml_fast.plan import PLANNED, Plan
-from maml_fast.problem import AdaptedTasks, Outcome, Problem, Stepper, TaskBatch
+from maml_fast.problem import AdaptedTasks, Outcome, Problem, Stepper, TaskBatch, fold_steps
 from maml_fast.rows import blank_inputs, has_gaps, in_groups, spread
 
 
@@ -124,7 +124,7 @@ def _run_chunk(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -
     if plan.backend not in PLANNED:
         return _run_pass(plan, problem, batch, gradient)
     wants_inputs = gradient and (problem.wants_inputs or bool(plan.body))
-    above = problem.above(plan.moving, wants_inputs)
+    above = problem.with_values_of_all_steps().above(plan.moving, wants_inputs)
     if not plan.body:
         return _chosen(problem, _run_pass(plan, above, _less_mean(plan, batch), gradient))
     body = Body(plan.body, problem)
@@ -149,7 +149,7 @@ def _run_chunk(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -
 
 def _run_reptile(plan: Plan, problem: Problem, batch: TaskBatch) -> Outcome:
     if plan.backend in ("cpu", "torch") and problem.rule == SGD():
-        return _run_reptile_by_steps(plan, problem, batch)
+        return lengths.reptile(partial(_run_chunk, plan), problem, batch)
     batch = blank_inputs(batch)
     adapted = adapt(plan, problem, batch)
     outputs = adapted.predict(batch.query_x)
@@ -163,35 +163,16 @@ def _run_reptile(plan: Plan, problem: Problem, batch: TaskBatch) -> Outcome:
     return outcome
 
 
-def _run_reptile_by_steps(plan: Plan, problem: Problem, batch: TaskBatch) -> Outcome:
-    """Where theta_S = theta_0 - sum eta_k g_k: each g_k, summed over tasks, is the first-order
-    meta-gradient of an inner loop of k steps with the support for a query. No task's own weights
-    are written out."""
-    problem = replace(problem, outer=None, first_order=True, wants_inputs=False)
-    outcome = _run_chunk(plan, problem, batch, gradient=False)
-    x, y, weight = batch.support_x, batch.support_y, batch.support_weight
-    support = TaskBatch(x, y, x, y, weight, weight)
-    found = {name: torch.zeros_like(problem.parameters[name]) for name in problem.learned}
-    for step in range(problem.inner_steps):
-        part = problem.up_to(step)
-        part = replace(part, rates=replace(part.rates, learning=frozenset()))
-        gradients = _run_chunk(plan, part, support, gradient=True).gradients
-        assert gradients is not None
-        for name, rates in problem.rates.values.items():
-            if name in found:
-                found[name] += rates[step] * gradients[name]
-    outcome.gradients, outcome.rate_gradients, outcome.finite = found, {}, None
-    return outcome
-
-
 def _chosen(problem: Problem, outcome: Outcome) -> Outcome:
     """With the gradients of what learns, and of no other parameter."""
     found = outcome.gradients
-    if found is not None and list(found) != list(problem.learned):
+    if found is not None and (problem.by_step or list(found) != list(problem.learned)):
         outcome.gradients = {
-            name: found[name] if name in found else torch.zeros_like(problem.parameters[name])
+            name: found[name] if name in found else torch.zeros_like(problem.like(name))
             for name in problem.learned
         }
+        for name, values in problem.by_step.items():
+            outcome.gradients[name] = fold_steps(outcome.gradients[name], values)
     return outcome
 
 
@@ -216,7 +197,8 @@ def adapt(plan: Plan, problem: Problem, batch: TaskBatch) -> AdaptedTasks:
     if plan.centred_by:
         support_x = _centred(support_x)
     rows = batch._replace(support_x=support_x, query_x=support_x)
-    adapted = _adapt(plan, problem.above(plan.moving, False), rows)
+    above = problem.with_values_of_all_steps().above(plan.moving, False)
+    adapted = _adapt(plan, above, rows)
     if not (plan.body or plan.centred_by):
         return adapted
     return _Above(body, bool(plan.centred_by), adapted)
@@ -273,57 +255,13 @@ def _run_pass(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) ->
     if plan.backend == "reference":
         return reference.meta_step(problem, batch, gradient)
     if plan.backend in ("cpu", "triton") and problem.step_weights:
-        return _run_each_length(plan, problem, batch, gradient)
+        return lengths.losses_of_steps(partial(_run_pass, plan), problem, batch, gradient)
     if plan.backend == "cpu":
         return cpu.meta_step(problem, batch, plan, gradient)
     if plan.backend == "triton":
         return triton.meta_step(problem, batch, plan, gradient)
     stepper = _stepper(plan, problem, batch, gradient)
     return stepping.drive(stepper, problem, gradient)
-
-
-def _run_each_length(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:
-    """Losses of several steps, for engines that have the last one's: the meta-gradient is the sum
-    of as many, each of an inner loop that ends there."""
-    last = problem.inner_steps
-    weight = problem.query_weight_at(last)
-    total = _run_pass(plan, problem.up_to(last), batch, gradient and weight != 0)
-    total.finite = None  # the sums are still to be made
-    total.task_losses = total.task_losses * weight
-    parts = [(weight, total)]
-    for step in range(last):
-        if weight := problem.query_weight_at(step):
-            part = _run_pass(plan, problem.up_to(step), batch, gradient)
-            total.task_losses.add_(part.task_losses, alpha=weight)
-            parts.append((weight, part))
-    if gradient:
-        _add_up(problem, batch, [part for part in parts if part[0]], total)
-    return total
-
-
-def _add_up(
-    problem: Problem, batch: TaskBatch, parts: list[tuple[float, Outcome]], total: Outcome
-) -> None:
-    """The gradients of `parts`, each times its weight, into the total."""
-    found = {name: torch.zeros_like(problem.parameters[name]) for name in problem.learned}
-    rates = {name: _no_rates(problem, name, batch) for name in problem.rates.learning}
-    by_input = [torch.zeros_like(x) for x in (batch.support_x, batch.query_x)]
-    for weight, part in parts:
-        assert part.gradients is not None
-        for name, gradient in part.gradients.items():
-            found[name].add_(gradient, alpha=weight)
-        for name, by_step in (part.rate_gradients or {}).items():
-            rates[name][: len(by_step)].add_(by_step, alpha=weight)
-        for sums, gradient in zip(by_input, part.input_gradients or (), strict=False):
-            sums.add_(gradient, alpha=weight)
-    total.gradients, total.rate_gradients = found, rates
-    if problem.wants_inputs:
-        total.input_gradients = by_input[0], by_input[1]
-
-
-def _no_rates(problem: Problem, name: str, batch: TaskBatch) -> Tensor:
-    rates = problem.rates.values[name]
-    return batch.support_x.new_zeros(rates.shape if isinstance(rates, Tensor) else len(rates))
 
 
 def _stepper(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Stepper:

@@ -124,13 +124,39 @@ class Problem:
         """The same with inner steps up to that one, and the loss behind it."""
         rates = {name: by_step[:step] for name, by_step in self.rates.values.items()}
         table = RateTable(rates, self.rates.learning if step else frozenset())
-        return replace(self, inner_steps=step, rates=table, step_weights=())
+        of_steps = {name: values[: step + 1] for name, values in self.by_step.items()}
+        return replace(self, inner_steps=step, rates=table, step_weights=(), by_step=of_steps)
+
+    def with_values_of_all_steps(self) -> Problem:
+        """The same with exactly [inner_steps + 1] of what has values for each step: the last goes
+        on, or is not used."""
+        steps = self.inner_steps + 1
+        if all(len(values) == steps for values in self.by_step.values()):
+            return self
+        of_steps = {name: values[_places(values, steps)] for name, values in self.by_step.items()}
+        return replace(self, by_step=of_steps)
+
+    def like(self, name: str) -> Tensor:
+        """A tensor of the shape of a parameter's gradient."""
+        return self.by_step[name] if name in self.by_step else self.parameters[name]
 
     def query_weight_at(self, step: int) -> float:
         """What the query loss before inner step `step`, or behind the last, counts."""
         if self.step_weights:
             return self.step_weights[step]
         return float(step == self.inner_steps)
+
+
+def _places(values: Tensor, steps: int) -> Tensor:
+    """Which of a parameter's values each step has."""
+    return torch.arange(steps, device=values.device).clamp_(max=len(values) - 1)
+
+
+def fold_steps(gradient: Tensor, values: Tensor) -> Tensor:
+    """The transpose of `with_values_of_all_steps` for one parameter's gradient."""
+    if len(gradient) == len(values):
+        return gradient
+    return torch.zeros_like(values).index_add_(0, _places(values, len(gradient)), gradient)
 
 
 class FlatGradients(Mapping[str, Tensor]):

@@ -15,20 +15,22 @@ template <class T>
 class FastParameter {
    public:
     // `wanted`: there is such a parameter. `adapts`: it has rates; then memory for S steps. `by_number`: and one for each number.
-    void allocate(Arena& arena, Index numbers, bool wanted, bool adapts, bool learns_rates, bool by_number,
+    // `by_step`: it does not move, and has values for each step; its adjoint is taken away step by step.
+    void allocate(Arena& arena, Index numbers, bool wanted, bool adapts, bool learns_rates, bool by_number, bool by_step,
                   const Program& program) {
         const bool gradient = program.gradient, second_order = gradient && !program.first_order;
         numbers_ = numbers;
         adapts_ = wanted && adapts;
         S = program.steps;
         by_number_ = adapts_ && by_number;
-        plain_ = program.rule.plain() && !by_number_;
+        by_step_ = adapts_ && by_step;
+        plain_ = by_step_ || (program.rule.plain() && !by_number_);
         shared_ = arena.template take<T>(numbers);
         values_.assign(S + 1, {shared_});
         gradients_.assign(S + 1, {nullptr});
         if (!adapts_) return;
         if (by_number_) rates_ = arena.template take<T>(S * numbers);
-        const bool keeps_values = gradient && second_order;
+        const bool keeps_values = by_step_ || (gradient && second_order);
         for (Index k = 1; k <= S; ++k) {
             const bool own = k == 1 || keeps_values;
             values_[k] = own ? Numbers<T>{arena.template take<T>(numbers)} : values_[1];
@@ -44,9 +46,11 @@ class FastParameter {
 
     bool adapts() const { return adapts_; }
     bool by_number() const { return by_number_; }
+    bool by_step() const { return by_step_; }
     Index numbers() const { return numbers_; }
     T* rates(Index k) const { return rates_ + k * numbers_; }  // where each number has its own
     T* shared() const { return shared_; }
+    T* of_step(Index k) const { return values_[k].p; }  // to be written where each step has its own
     const T* value(Index k) const { return adapts_ ? values_[k].p : shared_; }
     // Of the support loss at step k, to be written by the layer's `backward`, and u_k since `descend`; at k = S the adjoint.
     T* gradient(Index k) const { return gradients_[k].p; }
@@ -55,7 +59,7 @@ class FastParameter {
     const T* direction() const { return plain_ ? direction_ : rule_.direction(); }
 
     void descend(Index k, T rate) {
-        if (!adapts_) return;
+        if (!adapts_ || by_step_) return;
         const T *from = values_[k].p, *g = gradients_[k].p;
         T* to = values_[k + 1].p;
         if (!plain_) {
@@ -88,6 +92,11 @@ class FastParameter {
         const T* u = gradients_[k].p;
         for (Index i = 0; i < numbers_; i += LANES<T>) store(sums + i, load(sums + i) - load(u + i) * load(adjoint() + i));
     }
+    // Where each step has its own value: adds the adjoint by that to the sums, and begins anew.
+    void take_adjoint(T* sums) const {
+        add_adjoint_to(sums);
+        std::memset(adjoint(), 0, static_cast<std::size_t>(numbers_) * sizeof(T));
+    }
     void add_adjoint_to(T* sums) const {
         if (!adapts_) return;
         for (Index i = 0; i < numbers_; i += LANES<T>) store(sums + i, load(sums + i) + load(adjoint() + i));
@@ -97,7 +106,7 @@ class FastParameter {
     Rate<T> rate_of(Index k, T rate) const { return by_number_ ? Rate<T>{0, rates(k)} : Rate<T>{rate}; }
 
     Index numbers_ = 0, S = 0;
-    bool adapts_ = false, plain_ = true, by_number_ = false;
+    bool adapts_ = false, plain_ = true, by_number_ = false, by_step_ = false;
     RuleState<T> rule_;
     T *shared_ = nullptr, *direction_ = nullptr, *rates_ = nullptr;
     std::vector<Numbers<T>> values_, gradients_;  // [S + 1]

@@ -20,12 +20,20 @@ class LayerParameters : public Learning {
 
     void allocate(Arena& arena) {
         weight.allocate(arena, weight_numbers(), layer.has_weight, layer.weight_adapts, layer.learns_rates,
-                        layer.weight_by_number, program_);
+                        layer.weight_by_number, layer.weight_by_step, program_);
         bias.allocate(arena, bias_numbers(), layer.has_bias, layer.bias_adapts, layer.learns_rates, layer.bias_by_number,
-                      program_);
+                      layer.bias_by_step, program_);
     }
-    // The parameters that all tasks share, and rates by number, in the layer's own order.
+    // The parameters that all tasks share, rates by number and steps' own values, in the layer's own order.
     void turn_in() {
+        for (Index k = 1; k <= program_.steps; ++k) {
+            if (weight.by_step())
+                for (Index i = 0; i < pieces(); ++i)
+                    turn_in(static_cast<const T*>(layer.weight) + k * weight_length(), piece(i), weight.of_step(k));
+            if (bias.by_step())
+                for (Index i = 0; i < bias_pieces(); ++i)
+                    turn_in(static_cast<const T*>(layer.bias) + k * layer.out_features, bias_piece(i), bias.of_step(k));
+        }
         for (Index k = 0; k < program_.steps; ++k) {
             if (weight.by_number())
                 for (Index i = 0; i < pieces(); ++i)
@@ -71,12 +79,15 @@ class LayerParameters : public Learning {
     }
     // Adds the task's adjoint to the sums.
     void add_gradient(T* weight_sums, T* bias_sums) const {
-        weight.add_adjoint_to(weight_sums);
-        if (!bias.adapts()) return;
-        for (Index i = 0; i < bias_pieces(); ++i) {
-            const Piece piece = bias_piece(i);
-            for (Index j = 0; j < piece.count; ++j) bias_sums[piece.to + j * piece.by] += bias.adjoint()[piece.from + j];
-        }
+        if (!weight.by_step()) weight.add_adjoint_to(weight_sums);
+        if (bias.adapts() && !bias.by_step()) add_bias(bias_sums);
+    }
+    // Behind step k's tangents, or at k = S the query: what has come together of that step's own values.
+    void take_step(Index k, T* weight_sums, T* bias_sums) const {
+        if (weight.by_step()) weight.take_adjoint(weight_sums + k * sum_length());
+        if (!bias.by_step()) return;
+        add_bias(bias_sums + k * layer.out_features);
+        std::memset(bias.adjoint(), 0, static_cast<std::size_t>(bias.numbers()) * sizeof(T));
     }
     // The adapted parameters of a task, as torch has them.
     void export_adapted(Index task) const {
@@ -99,6 +110,12 @@ class LayerParameters : public Learning {
     virtual Index weight_length() const = 0;                            // as torch has it
 
    private:
+    void add_bias(T* sums) const {
+        for (Index i = 0; i < bias_pieces(); ++i) {
+            const Piece piece = bias_piece(i);
+            for (Index j = 0; j < piece.count; ++j) sums[piece.to + j * piece.by] += bias.adjoint()[piece.from + j];
+        }
+    }
     static void turn_in(const T* from, Piece p, T* to) {
         for (Index j = 0; j < p.count; ++j) to[p.from + j] = from[p.to + j * p.by];
     }

@@ -135,6 +135,7 @@ class ImageTile {
     void pull_back(const TaskData& data, Index task, const Partial<T>& sums) {
         if (chain_.fast.empty() && !program_.inputs) return;
         backward(S);
+        take_step(S, sums);
         if (program_.inputs) clear(by_data()[0]);
         for (Index k = S - 1; k >= 0; --k) {
             for (std::size_t i = 0; i < places_.size(); ++i) {
@@ -142,11 +143,19 @@ class ImageTile {
                 if (layer->layer.learns_rates) layer->add_rate_gradients(k, places_[i].rates(sums, sums.rates + 2 * S * i, k, S));
                 if (turns_) layer->turn(k);
             }
-            if (chain_.second_order() && !chain_.fast.empty()) hessian_product(k);
+            if (chain_.second_order() && !chain_.fast.empty()) {
+                hessian_product(k);
+                take_step(k, sums);
+            }
         }
         for (std::size_t i = 0; i < places_.size(); ++i)
             chain_.fast[i].layer->add_gradient(sums.numbers + places_[i].weight, sums.numbers + places_[i].bias);
         if (program_.inputs) store_by_inputs(data, task);
+    }
+    void take_step(Index k, const Partial<T>& sums) {
+        for (const Place& place : places_)
+            static_cast<const LayerParameters<T>*>(place.layer)
+                ->take_step(k, sums.numbers + place.weight, sums.numbers + place.bias);
     }
     // What step k has computed and others have overwritten.
     void replay(Index k) {

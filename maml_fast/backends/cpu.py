@@ -94,7 +94,7 @@ class Program:
         self.prepared = prepare(Layers(plan.body, plan.layers), plan.cpu, variant, plan.shapes)
         used = {name for op in ops for name in op.parameters}
         self.unused = [name for name in variant.adapting if name not in used]
-        self.like = [problem.parameters[name].detach() for name in variant.adapting]
+        self.like = [problem.like(name).detach() for name in variant.adapting]
         sizes = [parameter.numel() for parameter in self.like]
         itemsize = plan.shapes.dtype.itemsize
         starts = {name: itemsize * sum(sizes[:i]) for i, name in enumerate(variant.adapting)}
@@ -132,7 +132,7 @@ class Program:
         addresses += (losses.data_ptr(), support_losses.data_ptr(), outputs.data_ptr())
         addresses += (0, 0) if by_input is None else (rows.data_ptr() for rows in by_input)
         rates = []
-        parameters, values = problem.parameters, problem.rates.values
+        parameters, values = {**problem.parameters, **problem.by_step}, problem.rates.values
         for weight, bias, weight_start, bias_start in self.layers:
             by_step = None
             if variant.learning and not variant.learning.isdisjoint((weight, bias)):

@@ -6,7 +6,7 @@ one back gives cotangents; the Hessian-vector product is the same two passes for
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,14 +17,16 @@ from maml_fast.fast_weights import (
     FactoredInput,
     FactoredLinear,
     FastLayer,
+    LayerSpec,
     LinearSpec,
+    StepwiseLayer,
     StillLayer,
     dense_stage,
     shared_stage,
 )
 from maml_fast.layers import LayerPlan
 from maml_fast.losses import LOSSES, WeightedRows
-from maml_fast.ops import Operation, Stage
+from maml_fast.ops import Operation, Stage, Weighted
 from maml_fast.plan import Plan
 from maml_fast.problem import Outcome, Problem, TaskBatch
 
@@ -68,7 +70,7 @@ class PlannedStepper:
             return frozen_stage(layer, problem)
         spec = spec_of(op, problem, batch.tasks)
         if layer.form == "still":
-            return StillLayer(spec, shared_stage(spec))
+            return self._still(op, spec)
         second_order = self.gradient and not problem.first_order
         if layer.form == "dense" or not isinstance(spec, LinearSpec):
             return dense_stage(spec)
@@ -77,6 +79,21 @@ class PlannedStepper:
             return FactoredInput(spec, self.support_x, self.query_x, second_order)
         rows, query_rows = (x.shape[1] * layer.positions for x in (batch.support_x, batch.query_x))
         return FactoredLinear(spec, rows, query_rows, second_order, queries)
+
+    def _still(self, op: Weighted, spec: LayerSpec) -> Stage:
+        names, values = (op.weight or "", op.bias or ""), self.problem.by_step
+        by_step = names[0] in values, names[1] in values
+        if not any(by_step):
+            return StillLayer(spec, shared_stage(spec))
+        of_steps = []
+        for step in range(self.problem.inner_steps + 1):
+            weight, bias = (
+                values[name][step] if own else p
+                for name, own, p in zip(names, by_step, (spec.weight, spec.bias), strict=True)
+            )
+            own_spec: LayerSpec = replace(spec, weight=weight, bias=bias)
+            of_steps.append(StillLayer(own_spec, shared_stage(own_spec)))
+        return StepwiseLayer(spec, of_steps, by_step)
 
     def start(self) -> int:
         return 0
@@ -170,7 +187,7 @@ class PlannedStepper:
                     found[name], rates[name] = gradient, by_step.to(gradient.dtype)
         problem = self.problem
         zeros = {
-            name: torch.zeros_like(problem.parameters[name])
+            name: torch.zeros_like(problem.like(name))
             for name in problem.learned
             if name not in found  # parameters that the chain does not use
         }

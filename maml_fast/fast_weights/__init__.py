@@ -10,12 +10,12 @@ from maml_fast.fast_weights.base import (
     LinearSpec,
     Pair,
     Still,
-    StillLayer,
 )
 from maml_fast.fast_weights.conv import DenseConv, SharedConv
 from maml_fast.fast_weights.factored import FactoredInput, FactoredLinear
 from maml_fast.fast_weights.linear import DenseLinear, RuledLinear, SharedLinear
 from maml_fast.fast_weights.norm import FastNorm, SharedNorm
+from maml_fast.fast_weights.still import StepwiseLayer, StillLayer
 from maml_fast.ops import BatchNorm, Conv2d, GroupNorm, LayerNorm, Linear
 from maml_fast.ops.base import Weighted
 
@@ -56,6 +56,7 @@ __all__ = [
     "SharedConv",
     "SharedLinear",
     "SharedNorm",
+    "StepwiseLayer",
     "Still",
     "StillLayer",
     "dense_stage",

@@ -179,7 +179,7 @@ class DenseLayer(FastLayer):
 
     def add_query(self, step: int, saved: Any, dy: Tensor) -> None:
         weight, bias = self.gradients(saved, dy)
-        self.lam = _sum(self.lam[0], weight), _sum(self.lam[1], bias)
+        self.lam = added(self.lam[0], weight), added(self.lam[1], bias)
 
     def turn(self, step: int) -> None:
         found: list[Tensor | None] = [None, None]
@@ -205,7 +205,7 @@ class DenseLayer(FastLayer):
         self, step: int, saved: Any, dy: Tensor, t_x: Tensor | None, t_dy: Tensor
     ) -> None:
         weight, bias = self.t_gradients(saved, dy, t_x, t_dy)
-        self.lam = _sum(self.lam[0], weight, -1), _sum(self.lam[1], bias, -1)
+        self.lam = added(self.lam[0], weight, -1), added(self.lam[1], bias, -1)
 
     def gradient_sums(self) -> Pair:
         w, b = (None if lam is None else lam.sum(0) for lam in self.lam)
@@ -226,58 +226,7 @@ class DenseLayer(FastLayer):
                 total -= (taken * lam).double().sum_to_size(total.shape)
 
 
-class StillLayer(FastLayer):
-    """A layer that does not adapt among those that do, and gets a meta-gradient: Lam is one sum
-    over all tasks, and no tangent moves its parameters."""
-
-    def __init__(self, spec: LayerSpec, stage: Still) -> None:
-        super().__init__(spec)
-        self.stage = stage
-        self.lam: Pair = None, None
-
-    def forward(self, step: int, x: Tensor) -> tuple[Tensor, Any]:
-        return self.stage.forward(step, x)
-
-    def backward(self, step: int, saved: Any, dy: Tensor) -> Tensor:
-        return self.stage.backward(step, saved, dy)
-
-    def tangent(self, step: int, saved: Any, dy: Tensor, t_x: Tensor | None) -> Tensor | None:
-        return self.stage.tangent(step, saved, dy, t_x)
-
-    def tangent_backward(
-        self, step: int, saved: Any, dy: Tensor, t_x: Tensor | None, t_dy: Tensor
-    ) -> Tensor:
-        return self.stage.tangent_backward(step, saved, dy, t_x, t_dy)
-
-    def descend(self, step: int, saved: Any, dy: Tensor) -> None:
-        pass
-
-    def add_query(self, step: int, saved: Any, dy: Tensor) -> None:
-        weight, bias = self.stage.gradients(saved, dy)
-        self.lam = _sum(self.lam[0], weight), _sum(self.lam[1], bias)
-
-    def pull_back(
-        self, step: int, saved: Any, dy: Tensor, t_x: Tensor | None, t_dy: Tensor
-    ) -> None:
-        weight, bias = self.stage.t_gradients(saved, dy, t_x, t_dy)
-        self.lam = _sum(self.lam[0], weight, -1), _sum(self.lam[1], bias, -1)
-
-    def gradient_sums(self) -> Pair:
-        return self.lam
-
-    def weights(self, step: int) -> Pair:
-        tasks = self.spec.tasks
-        w, b = (
-            None if p is None else p.expand(tasks, *p.shape)
-            for p in (self.spec.weight, self.spec.bias)
-        )
-        return w, b
-
-    def add_rate_gradients(self, step: int, saved: Any, dy: Tensor) -> None:
-        raise AssertionError("it has no rates")
-
-
-def _sum(a: Tensor | None, b: Tensor | None, sign: int = 1) -> Tensor | None:
+def added(a: Tensor | None, b: Tensor | None, sign: int = 1) -> Tensor | None:
     """a + sign b, of what there is."""
     if b is None:
         return a
