@@ -60,7 +60,7 @@ class Reference:
             found, wanted = list(gradient[name].shape), list(right.shape)
             if found != wanted:
                 raise ValueError(f"the gradient of {name} is {found}, wanted {wanted}")
-            errors[name] = _relative(gradient[name], right, largest)
+            errors[name] = relative(gradient[name], right, largest)
         return errors
 
     def bounds(self, *, strict: bool, precision: str = "highest") -> Errors:
@@ -122,7 +122,7 @@ def reference(problem: Problem) -> Reference:
         right = _on_cpu(_by_loop(few)[1])
         largest = _largest(right)
         difference = max(
-            _relative(value, right[name], largest) for name, value in _by_vmap(few)[1].items()
+            relative(value, right[name], largest) for name, value in _by_vmap(few)[1].items()
         )
         if not difference <= STAND_IN_ERROR:
             raise RuntimeError(
@@ -169,7 +169,7 @@ def _largest(gradient: Gradient) -> float:
     return max(value.norm().item() for value in gradient.values())
 
 
-def _relative(gradient: Tensor, right: Tensor, largest: float) -> float:
+def relative(gradient: Tensor, right: Tensor, largest: float) -> float:
     """||gradient - right|| / ||right||, or over the largest tensor's norm where right is zero."""
     norm = right.norm().item()
     difference = (gradient.detach().cpu().double() - right).norm().item()

@@ -26,14 +26,15 @@ from torch import Tensor, nn
 
 from benchmarks import machine
 from benchmarks.cases import named
-from benchmarks.check import EXACT, broken, worst
+from benchmarks.check import EXACT, broken, relative, worst
 from benchmarks.problem import Problem, load
 from benchmarks.text import seconds
 from maml_fast import MAML, inner, presets
 
-CASES = ("omniglot-fc-T512-S1", "omniglot-fc-T128-S5")
-HEAD = ["8.*"]
-FEW_TASKS = 8  # that the loop runs
+CASES = ("omniglot-fc-T512-S1", "omniglot-fc-T128-S5", "conv4-T8-S5")
+FEW_TASKS = 8  # that the loop runs, and of convolutional networks fewer
+FEW_IMAGES = 2
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 RESULTS = Path(__file__).resolve().parent / "results"
 
 Weights = dict[str, Tensor]  # of rows, by the argument's name
@@ -60,10 +61,37 @@ def _maml_with(**options: Any) -> Make:
     return lambda model, rate, steps: MAML(model, "cross_entropy", rate, steps, **options)
 
 
-def _preset(make: Callable[..., MAML], *given: Any) -> Make:
+def _preset(make: Callable[..., MAML]) -> Make:
     return lambda model, rate, steps: make(
-        model, *given, loss="cross_entropy", inner_lr=rate, inner_steps=steps
+        model, loss="cross_entropy", inner_lr=rate, inner_steps=steps
     )
+
+
+def _above_body(make: Callable[..., MAML]) -> Make:
+    """Of a preset that asks for the head."""
+    return lambda model, rate, steps: make(
+        model, _head(model), loss="cross_entropy", inner_lr=rate, inner_steps=steps
+    )
+
+
+def _head(model: nn.Module) -> list[str]:
+    last = [name for name, _ in model.named_parameters()][-1]
+    return [f"{last.rpartition('.')[0]}.*"]
+
+
+def _mamlpp(model: nn.Module, rate: float, steps: int) -> MAML:
+    """Norms with values for each step, if there are norms; losses of all steps, as in its first
+    epoch."""
+    norms = [
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if isinstance(module, NORMS)
+        for own, p in module.named_parameters()
+        if p.requires_grad
+    ]
+    maml = presets.mamlpp(model, rate, steps, norms, loss="cross_entropy")
+    presets.mamlpp_epoch(maml, 0)
+    return maml
 
 
 def _with_learned_rates(model: nn.Module, rate: float, steps: int) -> MAML:
@@ -80,13 +108,14 @@ def _with_losses_of_all_steps(model: nn.Module, rate: float, steps: int) -> MAML
 VARIANTS: dict[str, Make] = {
     "MAML": _maml_with(),
     "first order": _preset(presets.fomaml),
-    "ANIL": _preset(presets.anil, HEAD),
-    "BOIL": _preset(presets.boil, HEAD),
+    "ANIL": _above_body(presets.anil),
+    "BOIL": _above_body(presets.boil),
     "masked rows": _maml_with(),
     "momentum": _maml_with(inner_optimizer=inner.SGD(momentum=0.9)),
     "weight decay": _maml_with(inner_optimizer=inner.SGD(weight_decay=0.01)),
     "learned rates": _with_learned_rates,
     "losses of all steps": _with_losses_of_all_steps,
+    "MAML++": _mamlpp,
     "Meta-SGD": _preset(presets.meta_sgd),
     "Reptile": _preset(presets.reptile),
 }
@@ -120,7 +149,7 @@ def error_of(variant: str, problem: Problem) -> float:
     Raises:
         ValueError: it is beyond EXACT.
     """
-    double = problem.first(FEW_TASKS).double()
+    double = _few(problem).double()
     found, wanted = (
         step(_maml(variant, double, backend).double(), double, weights_of(variant, double))
         for backend in ("auto", "reference")
@@ -128,13 +157,14 @@ def error_of(variant: str, problem: Problem) -> float:
     largest = max(tensor.norm().item() for tensor in wanted.values())
     if found.keys() != wanted.keys():
         raise ValueError(f"{variant}: gradients of {sorted(found)}, wanted of {sorted(wanted)}")
-    errors = {
-        name: (found[name] - tensor).norm().item() / (tensor.norm().item() or largest)
-        for name, tensor in wanted.items()
-    }
+    errors = {name: relative(found[name], tensor, largest) for name, tensor in wanted.items()}
     if wrong := broken(errors, dict.fromkeys(errors, EXACT)):
         raise ValueError(f"{variant}: {wrong}")
     return worst(errors)[1]
+
+
+def _few(problem: Problem) -> Problem:
+    return problem.first(FEW_IMAGES if len(problem.case.network.row) > 1 else FEW_TASKS)
 
 
 def _maml(variant: str, problem: Problem, backend: str = "auto") -> MAML:
@@ -159,11 +189,11 @@ def measure(case_name: str, rounds: int) -> list[Row]:
         for variant in order:
             times[variant].append(_timed(mamls[variant], problem, weights[variant]))
     medians = {variant: statistics.median(found) for variant, found in times.items()}
-    few = problem.first(FEW_TASKS)
+    few = _few(problem)
     rows = []
     for variant, maml in mamls.items():
         loop, few_weights = _maml(variant, problem, "reference"), weights_of(variant, few)
-        foretold = min(_timed(loop, few, few_weights) for _ in range(2)) * problem.case.T
+        a_task = min(_timed(loop, few, few_weights) for _ in range(2)) / few.episodes.tasks
         plan = maml.plan(problem.episodes.support_x, problem.episodes.query_x)
         rows.append(
             Row(
@@ -174,7 +204,7 @@ def measure(case_name: str, rounds: int) -> list[Row]:
                 errors[variant],
                 medians[variant],
                 medians[variant] / medians["MAML"],
-                foretold / FEW_TASKS,
+                a_task * problem.case.T,
             )
         )
     return rows
