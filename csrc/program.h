@@ -101,6 +101,9 @@ struct Program {
             if (layer.weight_by_number || layer.bias_by_number) return true;
         return !rule.plain();
     }
+    // Whether the meta-gradient depends on support rows by way of what lies below what adapts: only through the inner steps'
+    // own derivatives.
+    bool reaches_support() const { return !first_order && steps > 0; }
     // Whether anything below what adapts has a gradient.
     bool goes_below() const {
         for (const Layer& layer : layers)

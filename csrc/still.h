@@ -8,9 +8,6 @@
 
 namespace maml_fast::MAML_FAST_ISA {
 
-// Whether the meta-gradient depends on support rows by way of what lies below: only through the inner steps' own derivatives.
-inline bool reaches_support(const Program& program) { return !program.first_order && program.steps > 0; }
-
 template <class T, class Lanes>
 class StillLinear final : public SharedLinear<T, Lanes>, public LearningStage<T> {
    public:
@@ -25,7 +22,7 @@ class StillLinear final : public SharedLinear<T, Lanes>, public LearningStage<T>
         : SharedLinear<T, Lanes>(layer),
           LearningStage<T>(layer, layer.out_features, layer.in_features),
           lowest_(lowest),
-          with_support_(reaches_support(program)),
+          with_support_(program.reaches_support()),
           workspace_(workspace) {}
 
     void allocate(Arena&, Index) override {
@@ -65,7 +62,7 @@ class StillNorm final : public Rules, public LearningStage<T> {
     StillNorm(const Layer& layer, const Program& program, bool lowest)
         : Rules(layer, program, lowest),
           LearningStage<T>(layer, layer.in_features, 1),
-          with_support_(reaches_support(program)) {
+          with_support_(program.reaches_support()) {
         this->sums_gradients = true;
     }
 

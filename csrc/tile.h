@@ -176,7 +176,7 @@ class Tile {
 
     // Back through what runs once, as far as there is a gradient to have.
     void go_below() {
-        const Index first_pass = program_.inputs || reaches_support(program_) ? 0 : 1;
+        const Index first_pass = program_.inputs || program_.reaches_support() ? 0 : 1;
         for (Index i = static_cast<Index>(chain_.prelude.size()) - 1; i >= chain_.lowest; --i)
             for (Index pass = first_pass; pass < 2; ++pass) chain_.prelude[i]->backward(pass);
     }

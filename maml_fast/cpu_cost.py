@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from maml_fast.cost import LayerUse
+from maml_fast.cost import LayerUse, once_cost
 
 LAYOUTS = ("tasks_in_lanes", "rows_in_lanes")
 
@@ -76,13 +76,12 @@ def choose(
 
 
 def choose_images(
-    uses: Sequence[LayerUse],
-    tasks: int,
-    fast_weights: str,
-    machine: Machine,
+    uses: Sequence[LayerUse], machine: Machine, once: Sequence[LayerUse] = ()
 ) -> Choice:
     """Where channels are in lanes: all weights are dense, one task is a tile."""
     cycles = TILE
+    for use in once:
+        cycles += once_cost(use).flops / (4 * machine.lanes)
     for use in uses:
         down = 0 if use.first else 1
         passes = use.inner_steps * (2 + down) * use.rows + (2 + down) * use.query_rows

@@ -13,7 +13,7 @@ import torch
 from maml_fast import cpu_cost, cpu_features
 from maml_fast.cost import LayerUse, cost_of, once_cost
 from maml_fast.inner import SGD
-from maml_fast.layers import Asked, LayerPlan, Layers, Shapes, Variant
+from maml_fast.layers import Asked, LayerPlan, Layers, Shapes, Variant, product_of
 from maml_fast.ops import (
     AveragePool,
     BatchNorm,
@@ -33,10 +33,6 @@ from maml_fast.ops import (
 from maml_fast.ops.reshape import Rearrange
 
 IMAGES = "channels_in_lanes"
-
-# Of images, the C++ engine is quicker than torch at large products: from so many inner steps on it
-# pays to take what lies below all that adapts out of them, and leave it to torch.
-BODY_PAYS_FROM = 4
 
 
 @dataclass(frozen=True)
@@ -116,15 +112,6 @@ def is_spatial(layer: LayerPlan) -> bool:
     return isinstance(op, images) or (isinstance(op, Norm) and len(layer.features) > 1)
 
 
-def parts_for_cpu(parts: Layers, merged: Layers, asked: Asked) -> Layers:
-    """The layers as the engine takes them: flat rows' with the body as its prelude. Those of images
-    leave the body to torch, or are `merged`, with the body at rate 0."""
-    layers = [*parts.body, *parts.above]
-    if not any(map(is_spatial, layers)):
-        return Layers([], layers)
-    return parts if asked.inner_steps >= BODY_PAYS_FROM else merged
-
-
 def plan_for_cpu(
     parts: Layers, asked: Asked, shapes: Shapes, adapting: Collection[str]
 ) -> tuple[list[LayerPlan], CpuPlan]:
@@ -135,18 +122,18 @@ def plan_for_cpu(
     itemsize = shapes.dtype.itemsize
     machine = cpu_cost.Machine(vector_bytes // itemsize, vector_bytes)
     uses = [layer.use for layer in layers if layer.use is not None]
+    once = _once_uses(layers, asked, shapes)
     if any(map(is_spatial, layers)):
-        choice = cpu_cost.choose_images(uses, shapes.tasks, asked.fast_weights, machine)
+        choice = cpu_cost.choose_images(uses, machine, list(once.values()))
     else:
         norms = [_norm_use(layer, asked, shapes) for layer in layers if _is_norm(layer)]
-        once = _once_uses(layers, asked, shapes)
         choice = cpu_cost.choose(
             uses, shapes.tasks, asked.fast_weights, machine, norms, list(once.values())
         )
-        layers = [
-            replace(layer, cost=once_cost(once[i])) if i in once else layer
-            for i, layer in enumerate(layers)
-        ]
+    layers = [
+        replace(layer, cost=once_cost(once[i])) if i in once else layer
+        for i, layer in enumerate(layers)
+    ]
     forms = iter(choice.forms)
     planned = []
     for layer in layers:
@@ -164,17 +151,16 @@ def plan_for_cpu(
 
 
 def _once_uses(layers: Sequence[LayerPlan], asked: Asked, shapes: Shapes) -> dict[int, LayerUse]:
-    """The linear layers that run once, by place."""
+    """The linear layers and convolutions that run once, by place."""
     found: dict[int, LayerUse] = {}
     nothing_below = not asked.wants_inputs  # has a gradient
     for i, layer in enumerate(layers):
         op = layer.link.op
         if not layer.prelude:
             break
-        if isinstance(op, Linear):
+        if isinstance(op, (Linear, Conv2d)):
             found[i] = LayerUse(
-                op.in_features,
-                op.out_features_,
+                *product_of(op),
                 shapes.support[0] * layer.positions,
                 shapes.query[0] * layer.positions,
                 asked.inner_steps,
@@ -236,13 +222,14 @@ def prepare(
 def _add_weighted(builder: Any, layer: LayerPlan, variant: Variant) -> None:
     op = layer.link.op
     assert isinstance(op, Weighted)
-    moves = op.weight in variant.adapting, op.bias in variant.adapting
+    counts = variant.gradient or not layer.prelude  # below, without a gradient nothing happens
+    moves = [counts and name in variant.adapting for name in (op.weight, op.bias)]
     parameters = cpu_features.extension().Parameters(
         has_weight=op.weight is not None,
         has_bias=op.bias is not None,
         weight_adapts=moves[0],
         bias_adapts=moves[1],
-        learns=layer.prelude and variant.gradient and any(moves),
+        learns=layer.prelude and any(moves),
         learns_rates=not variant.learning.isdisjoint(op.parameters),
         weight_by_number=op.weight in variant.by_number,
         bias_by_number=op.bias in variant.by_number,

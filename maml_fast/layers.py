@@ -288,6 +288,13 @@ def centred_by(layers: Sequence[LayerPlan]) -> str:
     return flat[1].link.name if isinstance(flat[1].link.op, BatchNorm) else ""
 
 
+def product_of(op: Linear | Conv2d) -> tuple[int, int]:
+    """Numbers that go into one row or position of the result, and that come out."""
+    if isinstance(op, Linear):
+        return op.in_features, op.out_features_
+    return op.in_channels * op.kernel**2, op.out_channels
+
+
 def _plan_weighted(
     link: Link,
     features: Features,
@@ -307,9 +314,8 @@ def _plan_weighted(
     assert isinstance(op, Weighted)
     still = learns and set(op.parameters).isdisjoint(asked.adapting)
     if isinstance(op, Linear):
-        sizes, positions = (op.in_features, op.out_features_), math.prod(features[:-1])
+        positions = math.prod(features[:-1])
     elif isinstance(op, Conv2d):
-        sizes = op.in_channels * op.kernel**2, op.out_channels
         positions = math.prod(op.out_features(features)[1:])
     else:
         form = "dense" if adapts else "shared"
@@ -317,7 +323,7 @@ def _plan_weighted(
     if not adapts:
         return LayerPlan(link, features, positions, before, "shared", still=still)
     use = LayerUse(
-        *sizes,
+        *product_of(op),
         shapes.support[0] * positions,
         shapes.query[0] * positions,
         asked.inner_steps,

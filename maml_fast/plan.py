@@ -156,7 +156,7 @@ def make_plan(
         merged, _ = plan_layers(model, asked, shapes, with_body=False)
     parts_of = {
         "triton": merged,
-        "cpu": cpu_plan.parts_for_cpu(parts, merged, asked),
+        "cpu": Layers([], [*parts.body, *parts.above]),
     }
     not_by = {
         name: [broken[name]]

@@ -213,7 +213,26 @@ def test_heads_of_images(instructions, name, inputs):
     upper = [n for n, _ in model.named_parameters()][-4:]  # images enter what adapts
     batch = wants_gradients(batch) if inputs else weighted(batch, draw, gaps=False)
     for inner in (head, upper):
-        assert_same(model, batch, inner_params=inner)
+        for steps, first_order in ((0, False), (2, False), (3, True)):
+            options = dict(steps=steps, first_order=first_order, inner_params=inner)
+            maml = assert_same(model, batch, **options)
+            plan = maml.plan(batch.support_x, batch.query_x)
+            assert not plan.body
+            still = {layer.form for layer in plan.layers if layer.still}
+            assert still == {"shared"}
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+@pytest.mark.parametrize("learned", ["0.weight", "1.bias", "2.weight", "3.bias", "none"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_some_of_a_body_of_images_learns(instructions, name, learned, inputs):
+    draw = Draw(33)
+    model, batch = build(IMAGES, name, draw, tasks=2)
+    head = [n for n, _ in model.named_parameters()][-2:]
+    for n, p in model.named_parameters():
+        p.requires_grad_(n == learned or n in head)
+    batch = wants_gradients(batch) if inputs else batch
+    assert_same(model, batch, inner_params=head)
 
 
 def test_a_body_that_adapts_alone(engine):

@@ -10,6 +10,7 @@ template <class T>
 class ImageChain : public ImageStages<T> {
    public:
     using ImageStages<T>::edges;
+    using ImageStages<T>::goes_below;
     using ImageStages<T>::prelude;
     using ImageStages<T>::prelude_edges;
     using ImageStages<T>::program;
@@ -57,7 +58,7 @@ class ImageChain : public ImageStages<T> {
         for (std::size_t e = 1; e < edges.size(); ++e) edges[e].value = own(arena, edges[e], kept_, true);
         if (program.gradient || S > 0) allocate_cotangents(arena);
         if (second_order() && S > 0) allocate_tangents(arena);
-        if (program.inputs) allocate_by_inputs(arena);
+        if (goes_below) allocate_below(arena);
         for (const auto& stage : prelude) stage->allocate(arena, 1);
         for (const auto& stage : stages) stage->allocate(arena, kept_);
         allocate_loss(arena);
@@ -99,10 +100,13 @@ class ImageChain : public ImageStages<T> {
             if (e > 0) edge.t_cotangent = in_place ? edge.tangent : std::vector<Image<T>>(S, image(arena, edge, edge.rows));
         }
     }
-    // Of the data: the query's cotangent, and in the support's place the sum of what the steps add to it.
-    void allocate_by_inputs(Arena& arena) {
-        for (ImageEdge<T>& edge : prelude_edges)
+    // Of what runs once: the query's cotangent, and in the support's place the sum of what the steps add to it.
+    void allocate_below(Arena& arena) {
+        const Index end = static_cast<Index>(prelude_edges.size());
+        for (Index e = program.inputs ? 0 : smaller(this->lowest + 1, end - 1); e < end; ++e) {
+            ImageEdge<T>& edge = prelude_edges[e];
             edge.cotangent = {image(arena, edge, edge.rows), image(arena, edge, edge.query_rows)};
+        }
         ImageEdge<T>& edge = edges[0];
         edge.t_cotangent.assign(S, image(arena, edge, edge.rows));
         edge.cotangent = edge.t_cotangent;
@@ -122,7 +126,7 @@ class ImageChain : public ImageStages<T> {
             pass->y = arena.template view<T>(y_features, n);
             pass->weights = arena.template view<T>(1, n);
             pass->z = arena.template view<T>(features, n);
-            if (!stages.empty() || program.inputs) pass->d = arena.template view<T>(features, n);
+            if (!stages.empty() || goes_below) pass->d = arena.template view<T>(features, n);
         }
         passes.assign(S + 1, support);
         passes[S] = query;

@@ -17,12 +17,12 @@ class ImageConv final : public ImageStage<T> {
     using ImageStage<T>::out;
 
    public:
-    // `first`: its input is the data, which have no tangent, and a cotangent only where it is wanted.
-    ImageConv(const Layer& layer, const Program& program, bool first, Workspace<T>& workspace)
+    // `first`: nothing below adapts, and its input has no tangent; `goes_on`: a cotangent is wanted of it.
+    ImageConv(const Layer& layer, const Program& program, bool first, bool goes_on, Workspace<T>& workspace)
         : parameters(layer, program),
           conv(parameters.conv),
           first(first),
-          goes_on_(!first || program.inputs),
+          goes_on_(goes_on),
           workspace_(workspace) {}
 
     ConvParameters<T> parameters;

@@ -15,9 +15,10 @@ template <class T>
 class FastParameter {
    public:
     // `wanted`: there is such a parameter. `adapts`: it has rates; then memory for S steps. `by_number`: and one for each number.
-    // `by_step`: it does not move, and has values for each step; its adjoint is taken away step by step.
+    // `by_step`: it does not move, and has values for each step; its adjoint is taken away step by step. `still`: it lies below
+    // what adapts, has two passes, support and query, and a gradient of each.
     void allocate(Arena& arena, Index numbers, bool wanted, bool adapts, bool learns_rates, bool by_number, bool by_step,
-                  const Program& program) {
+                  bool still, const Program& program) {
         const bool gradient = program.gradient, second_order = gradient && !program.first_order;
         numbers_ = numbers;
         adapts_ = wanted && adapts;
@@ -29,6 +30,12 @@ class FastParameter {
         values_.assign(S + 1, {shared_});
         gradients_.assign(S + 1, {nullptr});
         if (!adapts_) return;
+        if (still) {
+            values_.assign(2, {shared_});
+            gradients_.clear();
+            for (Index pass = 0; pass < 2; ++pass) gradients_.push_back({arena.template take<T>(numbers)});
+            return;
+        }
         if (by_number_) rates_ = arena.template take<T>(S * numbers);
         const bool keeps_values = by_step_ || (gradient && second_order);
         for (Index k = 1; k <= S; ++k) {
@@ -54,7 +61,7 @@ class FastParameter {
     const T* value(Index k) const { return adapts_ ? values_[k].p : shared_; }
     // Of the support loss at step k, to be written by the layer's `backward`, and u_k since `descend`; at k = S the adjoint.
     T* gradient(Index k) const { return gradients_[k].p; }
-    T* adjoint() const { return gradients_[S].p; }
+    T* adjoint() const { return gradients_.back().p; }
     // -eta_k lam, since `aim`, or -v, since `turn`; null: 0
     const T* direction() const { return plain_ ? direction_ : rule_.direction(); }
 
@@ -91,6 +98,12 @@ class FastParameter {
     void add_rates_by_number(Index k, T* sums) const {
         const T* u = gradients_[k].p;
         for (Index i = 0; i < numbers_; i += LANES<T>) store(sums + i, load(sums + i) - load(u + i) * load(adjoint() + i));
+    }
+    // Where it is still: the support's gradient to the query's.
+    void join_passes() const {
+        if (!adapts_) return;
+        const T* g = gradients_[0].p;
+        for (Index i = 0; i < numbers_; i += LANES<T>) store(adjoint() + i, load(adjoint() + i) + load(g + i));
     }
     // Where each step has its own value: adds the adjoint by that to the sums, and begins anew.
     void take_adjoint(T* sums) const {

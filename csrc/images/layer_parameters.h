@@ -20,9 +20,9 @@ class LayerParameters : public Learning {
 
     void allocate(Arena& arena) {
         weight.allocate(arena, weight_numbers(), layer.has_weight, layer.weight_adapts, layer.learns_rates,
-                        layer.weight_by_number, layer.weight_by_step, program_);
+                        layer.weight_by_number, layer.weight_by_step, layer.learns, program_);
         bias.allocate(arena, bias_numbers(), layer.has_bias, layer.bias_adapts, layer.learns_rates, layer.bias_by_number,
-                      layer.bias_by_step, program_);
+                      layer.bias_by_step, layer.learns, program_);
     }
     // The parameters that all tasks share, rates by number and steps' own values, in the layer's own order.
     void turn_in() {
@@ -81,6 +81,11 @@ class LayerParameters : public Learning {
     void add_gradient(T* weight_sums, T* bias_sums) const {
         if (!weight.by_step()) weight.add_adjoint_to(weight_sums);
         if (bias.adapts() && !bias.by_step()) add_bias(bias_sums);
+    }
+    // Of a layer below what adapts, whose gradient is that of support and query.
+    void join_passes() const {
+        weight.join_passes();
+        bias.join_passes();
     }
     // Behind step k's tangents, or at k = S the query: what has come together of that step's own values.
     void take_step(Index k, T* weight_sums, T* bias_sums) const {

@@ -16,11 +16,12 @@ namespace maml_fast::MAML_FAST_ISA {
 template <class T>
 class ImageStages {
    public:
-    explicit ImageStages(const Program& program) : program(program) {
+    explicit ImageStages(const Program& program) : program(program), goes_below(program.goes_below()) {
         prelude_edges.push_back(edge_of(shape_of(program.shape), program.rows, program.query_rows));
         const std::vector<Layer>& layers = program.layers;
         for (std::size_t i = 0; i < layers.size();) i += add(layers, i);
         if (edges.empty()) edges.push_back(prelude_edges.back());
+        if (is_lowest()) lowest = static_cast<Index>(prelude.size());
         connect(prelude, prelude_edges);
         connect(stages, edges);
         // The data of what adapts are the last values of the prelude.
@@ -34,8 +35,10 @@ class ImageStages {
     }
 
     const Program& program;
+    const bool goes_below;  // whether the prelude or the data have gradients
     std::vector<std::unique_ptr<ImageStage<T>>> prelude, stages;  // what runs once, and what adapts or lies behind
-    std::vector<Adapts<T>> fast;
+    std::vector<Adapts<T>> fast, still;  // what adapts; and what of the prelude has a gradient,
+    Index lowest = 0;                    // of which this is the first stage that cotangents reach
     std::vector<ImageEdge<T>> prelude_edges, edges;
     Workspace<T> workspace;
 
@@ -48,7 +51,8 @@ class ImageStages {
             case Kind::linear:
             case Kind::conv: {
                 if (const std::size_t count = add_first_block(layers, i)) return count;
-                auto* conv = new ImageConv<T>(layer, program, is_first(layer), workspace);
+                const bool first = is_first(layer), goes_on = layer.prelude ? !is_lowest() : !first || goes_below;
+                auto* conv = new ImageConv<T>(layer, program, first, goes_on, workspace);
                 push(conv, layer.prelude, x, conv->conv.result(x.shape));
                 return 1;
             }
@@ -115,7 +119,7 @@ class ImageStages {
             const bool first = is_first(layer);
             push(new ImageNorm<T, Bend::none, false>(layer, program, x.shape, false, true, {}), layer.prelude || first, x, x.shape);
             if (layer.has_weight || layer.has_bias)
-                push(new ImageScaleShift<T>(layer, program, x.shape, first && !program.inputs), layer.prelude, x, x.shape);
+                push(new ImageScaleShift<T>(layer, program, x.shape, ends_here(layer)), layer.prelude, x, x.shape);
             return 1;
         }
         if (layer.norm == NormKind::batch && i > 0 && layers[i - 1].prelude == layer.prelude)
@@ -123,9 +127,7 @@ class ImageStages {
         const Behind found = behind(layers, i);
         auto* stage = with_finish(found, [&](auto finish) -> ImageStage<T>* {
             using F = decltype(finish);
-            // Where gradients by the data are wanted, the data have a tangent of zeros.
-            const bool first = is_first(layer) && !program.inputs;
-            return new ImageNorm<T, F::BENDS, F::POOLS>(layer, program, x.shape, first, false, finish);
+            return new ImageNorm<T, F::BENDS, F::POOLS>(layer, program, x.shape, ends_here(layer), false, finish);
         });
         push(stage, layer.prelude, x, found.pool ? halved(x.shape) : x.shape);
         return 1 + static_cast<std::size_t>(found.layers());
@@ -133,7 +135,7 @@ class ImageStages {
     // The first convolution that adapts, of the data, with the batch norm behind it; 0 if that is not what comes.
     std::size_t add_first_block(const std::vector<Layer>& layers, std::size_t i) {
         const Layer& layer = layers[i];
-        if (!is_first(layer) || program.inputs || layer.kind != Kind::conv) return 0;
+        if (!is_first(layer) || goes_below || layer.kind != Kind::conv) return 0;
         if (layer.in_features * layer.kernel * layer.kernel > MOST_PATCH) return 0;
         if (i + 1 >= layers.size() || layers[i + 1].kind != Kind::norm || layers[i + 1].norm != NormKind::batch) return 0;
         const ImageEdge<T> x = source(layer);
@@ -163,6 +165,10 @@ class ImageStages {
         return layer.prelude || edges.empty() ? prelude_edges.back() : edges.back();
     }
     bool is_first(const Layer& layer) const { return !layer.prelude && edges.empty(); }
+    // Of the prelude's next stage: whether nothing below has a gradient.
+    bool is_lowest() const { return still.empty() && !program.inputs; }
+    // Whether no cotangent of a layer's input is wanted. Where one is and nothing below adapts, there is a tangent of zeros.
+    bool ends_here(const Layer& layer) const { return layer.prelude ? is_lowest() : is_first(layer) && !goes_below; }
 
     void push(ImageStage<T>* stage, bool in_prelude, const ImageEdge<T>& x, ImageShape shape) {
         if (!in_prelude && edges.empty()) edges.push_back(x);
@@ -172,7 +178,9 @@ class ImageStages {
         (in_prelude ? prelude_edges : edges)
             .push_back(edge_of(shape, rearranges ? x.rows * before / after : x.rows,
                                rearranges ? x.query_rows * before / after : x.query_rows));
-        if (!in_prelude) stage->list(fast);
+        const bool was_lowest = is_lowest();
+        stage->list(in_prelude ? still : fast);
+        if (was_lowest && !is_lowest()) lowest = static_cast<Index>(prelude.size()) - 1;
     }
     static ImageEdge<T> edge_of(ImageShape shape, Index rows, Index query_rows) {
         ImageEdge<T> edge;

@@ -19,6 +19,7 @@ class ImageTile {
     // With an arena that only counts, a tile to ask for sizes.
     ImageTile(const Program& program, Arena& arena) : chain_(program, arena), program_(program), S(program.steps), turns_(program.turns()) {
         for (const auto& fast : chain_.fast) sum_numbers_ = put_sums<T>(fast.layer, S, sum_numbers_, places_);
+        for (const auto& still : chain_.still) sum_numbers_ = put_sums<T>(still.layer, S, sum_numbers_, places_);
     }
 
     // Before the tasks that a thread takes of a call: parameters may have changed.
@@ -43,7 +44,7 @@ class ImageTile {
     const std::vector<Place>& places() const { return places_; }
     Index sum_numbers() const { return sum_numbers_; }
     bool replays() const { return chain_.replays; }
-    Index rate_numbers() const { return 2 * S * static_cast<Index>(chain_.fast.size()); }
+    Index rate_numbers() const { return 2 * S * static_cast<Index>(places_.size()); }
 
    private:
     using Pass = LossPass<T>;
@@ -112,7 +113,7 @@ class ImageTile {
     }
     T loss(Index k) const { return lane_sum<T>(chain_.loss->value(chain_.passes[k])); }
     void backward(Index k) {
-        if (chain_.stages.empty() && !program_.inputs) return;
+        if (chain_.stages.empty() && !chain_.goes_below) return;
         from_lanes(chain_.passes[k].d, output().cotangent[k]);
         for (Index i = chain_.last() - 1; i >= 0; --i) chain_.stages[i]->backward(k);
     }
@@ -133,12 +134,12 @@ class ImageTile {
     }
 
     void pull_back(const TaskData& data, Index task, const Partial<T>& sums) {
-        if (chain_.fast.empty() && !program_.inputs) return;
+        if (chain_.fast.empty() && !chain_.goes_below) return;
         backward(S);
         take_step(S, sums);
-        if (program_.inputs) clear(by_data()[0]);
+        if (chain_.goes_below) clear(entering()[0]);
         for (Index k = S - 1; k >= 0; --k) {
-            for (std::size_t i = 0; i < places_.size(); ++i) {
+            for (std::size_t i = 0; i < chain_.fast.size(); ++i) {
                 auto* layer = chain_.fast[i].layer;
                 if (layer->layer.learns_rates) layer->add_rate_gradients(k, places_[i].rates(sums, sums.rates + 2 * S * i, k, S));
                 if (turns_) layer->turn(k);
@@ -148,14 +149,25 @@ class ImageTile {
                 take_step(k, sums);
             }
         }
-        for (std::size_t i = 0; i < places_.size(); ++i)
-            chain_.fast[i].layer->add_gradient(sums.numbers + places_[i].weight, sums.numbers + places_[i].bias);
+        if (chain_.goes_below) go_below();
+        for (const Place& place : places_)
+            parameters_at(place)->add_gradient(sums.numbers + place.weight, sums.numbers + place.bias);
         if (program_.inputs) store_by_inputs(data, task);
+    }
+    // Back through what runs once, as far as there is a gradient to have.
+    void go_below() {
+        const bool with_support = program_.reaches_support();
+        for (Index i = static_cast<Index>(chain_.prelude.size()) - 1; i >= chain_.lowest; --i)
+            for (Index pass = program_.inputs || with_support ? 0 : 1; pass < 2; ++pass) chain_.prelude[i]->backward(pass);
+        if (!with_support) return;
+        for (const auto& still : chain_.still) still.layer->join_passes();
+    }
+    static const LayerParameters<T>* parameters_at(const Place& place) {
+        return static_cast<const LayerParameters<T>*>(place.layer);
     }
     void take_step(Index k, const Partial<T>& sums) {
         for (const Place& place : places_)
-            static_cast<const LayerParameters<T>*>(place.layer)
-                ->take_step(k, sums.numbers + place.weight, sums.numbers + place.bias);
+            parameters_at(place)->take_step(k, sums.numbers + place.weight, sums.numbers + place.bias);
     }
     // What step k has computed and others have overwritten.
     void replay(Index k) {
@@ -171,16 +183,14 @@ class ImageTile {
         chain_.loss->tangent(chain_.passes[k], chain_.t_z, chain_.t_d);
         from_lanes(chain_.t_d, output().t_cotangent[k]);
         for (Index i = chain_.last() - 1; i >= 0; --i) chain_.stages[i]->tangent_backward(k);
-        if (program_.inputs) add_to(by_data()[0], chain_.edges[0].t_cotangent[k]);
+        if (chain_.goes_below) add_to(entering()[0], chain_.edges[0].t_cotangent[k]);
     }
 
     // ---- gradients by the data
 
     // Of support and query, by what enters the stages.
-    const std::vector<Image<T>>& by_data() const { return chain_.prelude_edges.back().cotangent; }
+    const std::vector<Image<T>>& entering() const { return chain_.prelude_edges.back().cotangent; }
     void store_by_inputs(const TaskData& data, Index task) {
-        for (auto stage = chain_.prelude.rbegin(); stage != chain_.prelude.rend(); ++stage)
-            for (Index pass : {0, 1}) (*stage)->backward(pass);
         const std::vector<Image<T>>& by_x = chain_.prelude_edges.front().cotangent;
         store_rows(by_x[0], data.by_support_x, task);
         store_rows(by_x[1], data.by_query_x, task);
