@@ -63,36 +63,37 @@ def draw_case(name):
     return build(nets, own, Draw(51), tasks=3)
 
 
-@pytest.mark.parametrize("which", ["all", "weight", "bias"])
+def check(name, options, which, backend):
+    model, batch = draw_case(name)
+    names = names_of(model, which)
+    others_stay(model, names)
+    assert_same(model, batch, names, backend, **OPTIONS[options])
+
+
+WHICH = ["all", "weight", "bias"]
+
+
+@pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_torch(name, options, which):
-    model, batch = draw_case(name)
-    names = names_of(model, which)
-    others_stay(model, names)
-    assert_same(model, batch, names, "torch", **OPTIONS[options])
+    check(name, options, which, "torch")
 
 
 @pytest.mark.usefixtures("extension")
-@pytest.mark.parametrize("which", ["all", "weight", "bias"])
+@pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", [n for n in NETWORKS if n.startswith("flat")])
 def test_flat_rows_in_cpp(engine, name, options, which):
-    model, batch = draw_case(name)
-    names = names_of(model, which)
-    others_stay(model, names)
-    assert_same(model, batch, names, "cpu", **OPTIONS[options])
+    check(name, options, which, "cpu")
 
 
 @pytest.mark.usefixtures("extension")
-@pytest.mark.parametrize("which", ["all", "weight", "bias"])
+@pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", [n for n in NETWORKS if n.startswith("images")])
 def test_images_in_cpp(instructions, name, options, which):
-    model, batch = draw_case(name)
-    names = names_of(model, which)
-    others_stay(model, names)
-    assert_same(model, batch, names, "cpu", **OPTIONS[options])
+    check(name, options, which, "cpu")
 
 
 @pytest.mark.usefixtures("extension")
