@@ -66,6 +66,7 @@ class FactoredInput final : public FastLinear<T, Lanes> {
         Base_::begin_adjoint();
         if (plain) return;
         add_scaled(out->cotangent[S], lam_query, 1, false);
+        if (!S) return;
         t_sum.columns = in->columns;
         clear(t_sum);
     }

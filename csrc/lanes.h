@@ -7,6 +7,9 @@
 #pragma once
 
 #include <new>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "simd.h"
 
@@ -86,6 +89,7 @@ constexpr Index spread(Index vectors) {
 }
 
 // Memory that is handed out in order, in whole vectors. Without a base it only counts, and the pointers are not to be used.
+// The address sanitizer finds gaps between the pieces, in which nothing has any business.
 class Arena {
    public:
     explicit Arena(char* base = nullptr) : base_(base) {}
@@ -94,6 +98,11 @@ class Arena {
     T* take(Index count) {
         const Index at = used_;
         used_ += ceil_div(count * static_cast<Index>(sizeof(T)), 64) * 64;
+#if defined(__SANITIZE_ADDRESS__)
+        constexpr Index GAP = 256;
+        if (base_) ASAN_POISON_MEMORY_REGION(base_ + used_, GAP);
+        used_ += GAP;
+#endif
         return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
     }
     template <class T>
@@ -123,6 +132,9 @@ struct Block {
         bytes = wanted;
     }
     void release() {
+#if defined(__SANITIZE_ADDRESS__)
+        if (p) ASAN_UNPOISON_MEMORY_REGION(p, bytes);
+#endif
         if (p) ::operator delete(p, std::align_val_t(64));
         p = nullptr;
         bytes = 0;

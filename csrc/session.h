@@ -237,6 +237,9 @@ class ProgramSession final : public Session {
         }
         std::unique_ptr<Worker> worker(new Worker());
         worker->memory.fit(counted_.used());
+#if defined(__SANITIZE_ADDRESS__)
+        std::memset(worker->memory.p, -1, static_cast<std::size_t>(counted_.used()));  // NaN
+#endif
         if (TileOf::begins_with_zeros) std::memset(worker->memory.p, 0, static_cast<std::size_t>(counted_.used()));
         Arena arena(worker->memory.p);
         worker->tile.reset(new TileOf(program_, arena));

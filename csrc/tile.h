@@ -20,7 +20,6 @@ class Tile {
     Tile(const Program& program, Arena& arena) : chain_(program, arena), program_(program), S(program.steps) {
         for (const Fast& stage : chain_.fast) sum_numbers_ = put_sums<T>(stage.layer, S, sum_numbers_, places_);
         for (const Still& stage : chain_.still) sum_numbers_ = put_sums<T>(stage.layer, S, sum_numbers_, places_);
-        zeros_ = arena.template take<T>(chain_.prelude_edges[0].features);
     }
 
     // Before the tasks that a thread takes of a call: parameters and rates may have changed.
@@ -76,13 +75,12 @@ class Tile {
         set_weights(data.query_weight, chain_.passes[S].weights, first, count, count, program_.query_rows);
     }
     void load_rows(const RowData& from, const RowData& weights, const View<T>& to, Index first, Index count, Index rows) const {
-        if (weights.p) std::memset(zeros_, 0, static_cast<std::size_t>(to.features) * sizeof(T));
         for (Index column = 0; column < to.columns; ++column) {
             const T* starts[L];
             for (Index lane = 0; lane < L; ++lane) {
                 const Row at = row_at(column, lane, first, count, rows);
-                const T* start = static_cast<const T*>(from.p) + at.task * from.by_task + at.row * from.by_row;
-                starts[lane] = row_counts<T>(weights, at.task, at.row) ? start : zeros_;
+                const Index row = counting_row<T>(weights, at.task, at.row, rows);
+                starts[lane] = static_cast<const T*>(from.p) + at.task * from.by_task + row * from.by_row;
             }
             load_column<T>(starts, to, column);
         }
@@ -230,7 +228,6 @@ class Tile {
     const Program& program_;
     const Index S;
     std::vector<Place> places_;
-    T* zeros_ = nullptr;  // in place of a row that does not count
     Index sum_numbers_ = 0;
 };
 

@@ -22,10 +22,11 @@ def blank_targets(batch: TaskBatch) -> TaskBatch:
 
 
 def blank_inputs(batch: TaskBatch) -> TaskBatch:
-    """The same of the inputs, which may hold NaN."""
+    """The same of the inputs, which may hold NaN: a row of the task that counts stands for them, as
+    zeros may be no input for the model."""
     return batch._replace(
-        support_x=_blank(batch.support_x, batch.support_weight),
-        query_x=_blank(batch.query_x, batch.query_weight),
+        support_x=_repeated(batch.support_x, batch.support_weight),
+        query_x=_repeated(batch.query_x, batch.query_weight),
     )
 
 
@@ -34,6 +35,16 @@ def _blank(rows: Tensor, weight: Tensor | None) -> Tensor:
         return rows
     counts = (weight != 0).view(*weight.shape, *(1,) * (rows.dim() - 2))
     return torch.where(counts, rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
+
+
+def _repeated(rows: Tensor, weight: Tensor | None) -> Tensor:
+    """Rows [T, N, ...] with the first that counts in place of those that do not."""
+    if weight is None:
+        return rows
+    counts = weight != 0
+    first = counts.to(torch.uint8).argmax(1, keepdim=True)
+    places = torch.where(counts, torch.arange(rows.shape[1], device=rows.device), first)
+    return rows[torch.arange(len(rows), device=rows.device).unsqueeze(1), places]
 
 
 def has_gaps(batch: TaskBatch) -> bool:

@@ -226,3 +226,18 @@ def test_rates_by_number_in_float32(engine):
     maml = MAML(model.float(), "mse", rates, 2, backend="cpu")
     report = check(maml, *batch.map(lambda t: t.float()))
     assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("rows", [(40, 2), (2, 40)])
+@pytest.mark.parametrize("width", [6, 80])
+def test_rules_without_steps(engine, rows, width):
+    """Whose first layer has nothing to keep of the support; of the losses of several steps, too."""
+    draw = Draw(46)
+    layers = [nn.Linear(width, 9), nn.Tanh(), nn.Linear(9, CLASSES)]
+    model = draw.initialise(nn.Sequential(*layers).double())
+    x, q = (draw.normal(3, n, width) for n in rows)
+    y, yq = (draw.normal(3, n, CLASSES) for n in rows)
+    batch = TaskBatch(x, y, q, yq)
+    options = dict(inner_optimizer=RULES["all"], fast_weights="factored")
+    assert_same(model, batch, steps=0, **options)
+    assert_same(model, batch, steps=2, step_weights=[0.3, 0.3, 0.4], **options)

@@ -61,13 +61,12 @@ class ImageTile {
     static void load_rows(const RowData& from, const RowData& weights, const Image<T>& to, Index task) {
         const Index area = to.shape.positions(), C = to.shape.channels;
         for (Index r = 0; r < to.rows; ++r) {
-            const T* p = static_cast<const T*>(from.p) + task * from.by_task + r * from.by_row;
-            const bool counts = row_counts<T>(weights, task, r);
+            const Index row = counting_row<T>(weights, task, r, to.rows);
+            const T* p = static_cast<const T*>(from.p) + task * from.by_task + row * from.by_row;
             for (Index y = 0; y < to.shape.height; ++y) {
                 T* line = to.at(r, y, 0);
                 for (Index x = 0; x < to.shape.width; ++x)
-                    for (Index c = 0; c < C; ++c)
-                        line[x * to.by_pixel + c] = counts ? p[c * area + y * to.shape.width + x] : T(0);
+                    for (Index c = 0; c < C; ++c) line[x * to.by_pixel + c] = p[c * area + y * to.shape.width + x];
             }
         }
     }

@@ -19,10 +19,16 @@ struct LossPass {
     View<T> d;  // dL/dz; no pointer: not wanted
 };
 
-// Whether a row counts at all; the data of one that does not are taken for 0, whatever they are.
+// The row whose data stand for a row: its own, or of one that does not count, which may hold anything, the first that does.
 template <class T>
-bool row_counts(const RowData& weights, Index task, Index row) {
-    return !weights.p || static_cast<const T*>(weights.p)[task * weights.by_task + row * weights.by_row] != T(0);
+Index counting_row(const RowData& weights, Index task, Index row, Index rows) {
+    const auto counts = [&](Index r) {
+        return static_cast<const T*>(weights.p)[task * weights.by_task + r * weights.by_row] != T(0);
+    };
+    if (!weights.p || counts(row)) return row;
+    Index first = 0;
+    while (first + 1 < rows && !counts(first)) ++first;
+    return first;
 }
 
 // What each row of a task counts in its loss: alike, or by given weights. They add up to 1.

@@ -180,7 +180,8 @@ class Program:
             if name in self.variant.by_number:
                 rates = values[name]
                 assert isinstance(rates, Tensor)
-                places[i] = address(rates.detach().to(self.dtype), alive)
+                assert rates.dtype == self.dtype  # of the parameter, see rates.py
+                places[i] = address(rates.detach(), alive)
                 if name in self.variant.learning:
                     gradients[name] = torch.empty(rates.shape, dtype=self.dtype)
                     places[i + 2] = address(gradients[name], alive)
