@@ -15,7 +15,6 @@ from maml_fast.backends import cpu, lengths, meta_gradients, reference, stepping
 from maml_fast.backends.body import Body
 from maml_fast.backends.functional import FunctionalStepper
 from maml_fast.backends.planned import PlannedStepper
-from maml_fast.inner import SGD
 from maml_fast.losses import LOSSES, WeightedRows
 from maml_fast.ops import BatchNorm
 from maml_fast.outer import Reptile
@@ -148,7 +147,7 @@ def _run_chunk(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -
 
 
 def _run_reptile(plan: Plan, problem: Problem, batch: TaskBatch) -> Outcome:
-    if plan.backend in ("cpu", "torch") and problem.rule == SGD():
+    if plan.reptile_by_steps:
         return lengths.reptile(partial(_run_chunk, plan), problem, batch)
     batch = blank_inputs(batch)
     adapted = adapt(plan, problem, batch)

@@ -17,9 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from maml_fast import cpu_features, cpu_plan, triton_features, triton_plan
 from maml_fast.cost import choose_form, still_cost
 from maml_fast.errors import UnavailableBackendError, UnsupportedModelError
+from maml_fast.inner import SGD
 from maml_fast.layers import Asked, LayerPlan, Layers, Shapes, centred_by, plan_layers
 from maml_fast.ops import BatchNorm, Weighted
 from maml_fast.ops.norm import runs_on_statistics
+from maml_fast.outer import Reptile
 from maml_fast.refusals import batching_refusals
 
 BACKENDS = ("auto", "triton", "cpu", "torch", "functional", "reference")
@@ -82,6 +84,24 @@ class Plan:
         return shapes.tasks * (data * shapes.dtype.itemsize + weights)
 
     @property
+    def reptile_by_steps(self) -> bool:
+        """Whether Reptile's gradient is the sum of what the inner steps take."""
+        plain = self.asked.rule == SGD() and isinstance(self.asked.outer, Reptile)
+        return plain and self.backend in ("cpu", "torch")
+
+    @property
+    def loops(self) -> str:
+        """For people, where more inner loops run than the one that figures are given for."""
+        if self.backend in ("cpu", "triton") and self.asked.step_weights:
+            count = sum(weight != 0 for weight in self.asked.step_weights)
+            return (
+                f"losses of {count} steps, each of an inner loop of its own; figures of the longest"
+            )
+        if self.reptile_by_steps:
+            return "Reptile by first-order inner loops of all lengths; figures of MAML's one"
+        return ""
+
+    @property
     def reads_memory(self) -> bool:
         """Whether the backend reads no more of a parameter than its memory, and makes the loss NaN
         where a class is out of range: it records nothing, and puts nothing into the model."""
@@ -114,6 +134,8 @@ class Plan:
             lines.append(
                 f"{self.flops / 1e9:.3f} GFLOP a meta-step in linear layers and convolutions"
             )
+        if self.loops:
+            lines.append(self.loops)
         if self.batch_norms:
             lines.append(self.batch_norms)
         if self.centred_by:

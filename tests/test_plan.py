@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from maml_fast import MAML, UnsupportedModelError, cpu_cost
+from maml_fast import MAML, UnsupportedModelError, cpu_cost, outer
 from maml_fast.cost import LayerUse, dense_cost, factored_cost
+from maml_fast.inner import SGD
 from maml_fast.plan import CPU_PASS_BYTES
 from maml_fast.trace import trace
 from tests.networks import IN_DOUBLE as BACKENDS
@@ -364,3 +365,17 @@ def test_bytes_that_must_move(draw):
     weights = sum(layer.cost.weight_bytes for layer in dense.layers if layer.cost)
     assert dense.bytes == data + 3 * weights > data
     assert MAML(model, backend="reference").plan(x, q).bytes == 0
+
+
+@pytest.mark.usefixtures("extension")
+def test_more_inner_loops_than_one_are_told(draw):
+    batch = draw.batch("mse", 2, 3, 4, (3, 5, 2))
+    plan = MAML(draw.mlp((3, 5, 2)), "mse", 0.1, 2, step_weights=[0.2, 0, 0.8], backend="cpu").plan(
+        batch.support_x, batch.query_x
+    )
+    assert "losses of 2 steps, each of an inner loop of its own" in str(plan)
+    reptile = outer.Reptile()
+    for rule, told in ((SGD(), True), (SGD(momentum=0.5), False)):
+        maml = MAML(draw.mlp((3, 5, 2)), "mse", meta_gradient=reptile, inner_optimizer=rule)
+        plan = maml.plan(batch.support_x, batch.query_x)
+        assert ("Reptile by first-order inner loops" in str(plan)) == told
