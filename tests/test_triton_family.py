@@ -18,17 +18,17 @@ if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
     pytest.skip("needs a GPU or Triton's interpreter", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZES = (3, 6, 5, 2)
+SIZES = (3, 4, 3, 2)
 BOUND = 2e-5
 
 VARIANTS = {
-    "losses of all steps": dict(step_weights=[0.2, 0.3, 0.1, 0.4]),
-    "losses of some steps": dict(step_weights=[0.5, 0, 0.7, 0]),
-    "losses of all steps, first order": dict(step_weights=[0.2, 0.3, 0, 0.5], first_order=True),
+    "losses of all steps": dict(step_weights=[0.2, 0.3, 0.5]),
+    "losses of some steps": dict(step_weights=[0.5, 0.7, 0]),
+    "losses of all steps, first order": dict(step_weights=[0.2, 0, 0.5], first_order=True),
     "the head adapts": dict(inner_params=["4.*"]),
     "the body adapts": dict(inner_params=["0.*", "2.*"]),
     "the head adapts, losses of all steps": dict(
-        inner_params=["4.*"], step_weights=[0.1, 0.2, 0.3, 0.4]
+        inner_params=["4.*"], step_weights=[0.1, 0.2, 0.3]
     ),
 }
 
@@ -37,18 +37,18 @@ VARIANTS = {
 @pytest.mark.parametrize("kernels", ["fused", "layers"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_the_loop(variant, kernels, learned, draw):
-    model, batch = draw.mlp(SIZES), draw.batch("mse", 3, 3, 4, SIZES)
-    rate = torch.tensor([0.1, 0.2, 0.15], dtype=torch.float64)
+    model, batch = draw.mlp(SIZES), draw.batch("mse", 2, 3, 4, SIZES)
+    rate = torch.tensor([0.1, 0.2], dtype=torch.float64)
     given = nn.Parameter(rate) if learned else rate
     wanted = everything(
-        MAML(model, "mse", given, 3, backend="reference", **VARIANTS[variant]), batch
+        MAML(model, "mse", given, 2, backend="reference", **VARIANTS[variant]), batch
     )
     own = copy.deepcopy(model).float().to(DEVICE)
     given = rate.float().to(DEVICE)
     given = nn.Parameter(given) if learned else given
     form = "factored" if kernels == "layers" else "dense"
     options = VARIANTS[variant] | dict(backend="triton", fast_weights=form)
-    maml = MAML(own, "mse", given, 3, **options)
+    maml = MAML(own, "mse", given, 2, **options)
     rows = batch.map(lambda x: x.float().to(DEVICE))
     found = {name: x.detach().cpu().double() for name, x in everything(maml, rows).items()}
     assert maml.plan(rows.support_x, rows.query_x).triton.kernels == kernels
