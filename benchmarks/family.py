@@ -35,7 +35,7 @@ CASES = ("omniglot-fc-T512-S1", "omniglot-fc-T128-S5", "conv4-T8-S5")
 FEW_TASKS = 8  # that the loop runs, and of convolutional networks fewer
 FEW_IMAGES = 2
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results" / "family"
 
 Weights = dict[str, Tensor]  # of rows, by the argument's name
 
@@ -252,7 +252,7 @@ def main(arguments: list[str]) -> int:
     described = machine.describe("cpu")
     found = {"machine": described, "rows": [asdict(row) for row in rows]}
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"family-cpu-{described['date'][:10]}.json"
+    path = options.out / f"cpu-{described['date'][:10]}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
     console.print(f"written: {path}")
     return 0
