@@ -115,8 +115,9 @@ def is_spatial(layer: LayerPlan) -> bool:
 def plan_for_cpu(
     parts: Layers, asked: Asked, shapes: Shapes, adapting: Collection[str]
 ) -> tuple[list[LayerPlan], CpuPlan]:
-    """The layers above the body with forms that suit the C++ engine, and its plan."""
-    layers, inputs = parts.above, asked.wants_inputs or bool(parts.body)
+    """The layers with forms that suit the C++ engine, and its plan. It knows no body, only layers
+    that run once."""
+    layers = parts.above
     name = cpu_features.instruction_set()
     vector_bytes = cpu_features.engines()[name]
     itemsize = shapes.dtype.itemsize
@@ -143,9 +144,8 @@ def plan_for_cpu(
         planned.append(layer)
     cycles = cpu_cost.total_cycles(choice, shapes.tasks, threads=1)
     plan = CpuPlan(name, choice.layout, choice.tile_tasks, 0, 0, cycles, machine.lanes)
-    variant = Variant.planned(asked, shapes, adapting, inputs)
-    planned_parts = Layers(parts.body, planned)
-    sizes = prepare(planned_parts, plan, variant, shapes).sizes(shapes.tasks)
+    variant = Variant.planned(asked, shapes, adapting)
+    sizes = prepare(Layers([], planned), plan, variant, shapes).sizes(shapes.tasks)
     found = {name: sizes[name] for name in ("arena_bytes", "chunks", "replays")}
     return planned, replace(plan, **found)
 

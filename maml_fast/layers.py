@@ -54,14 +54,9 @@ class Asked:
     outer: MetaGradient | None = None
     by_step: tuple[str, ...] = ()  # parameters that have values for each step
 
-    @property
-    def plain(self) -> bool:
-        """Whether an inner step is theta - eta g with a number eta, and only the last one's query
-        loss counts, all rows alike."""
-        return not self.unusual()
-
     def unusual(self) -> list[str]:
-        """What is asked for beyond that, in words."""
+        """What is asked for, in words, beyond inner steps of theta - eta g with a number eta, the
+        last one's query loss, and rows that count alike."""
         found = []
         if self.rule != SGD():
             found.append(f"inner_optimizer {self.rule}")
@@ -135,10 +130,8 @@ class Variant(NamedTuple):
         )
 
     @classmethod
-    def planned(
-        cls, asked: Asked, shapes: Shapes, adapting: Collection[str], inputs: bool = False
-    ) -> Variant:
-        """What a plan is made for: gradients, of parameters, and by the data if `inputs`."""
+    def planned(cls, asked: Asked, shapes: Shapes, adapting: Collection[str]) -> Variant:
+        """What a plan is made for: gradients, of parameters, and by data that want one."""
         assert isinstance(asked.loss, str)  # `plan_layers` refuses others
         return cls(
             asked.loss,
@@ -151,7 +144,7 @@ class Variant(NamedTuple):
             adapting=tuple(adapting),
             learning=frozenset(),
             rule=asked.rule,
-            inputs=inputs,
+            inputs=asked.wants_inputs,
             by_number=asked.by_number.intersection(adapting),
             by_step=frozenset(asked.by_step),
         )

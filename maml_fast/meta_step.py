@@ -40,7 +40,7 @@ def run(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outco
 
 def _blank_unless_read_so(plan: Plan, batch: TaskBatch) -> TaskBatch:
     """C++ takes rows of weight 0 for 0 as it reads them, which spares a copy."""
-    return batch if plan.backend == "cpu" and not plan.body else blank_inputs(batch)
+    return batch if plan.backend == "cpu" else blank_inputs(batch)
 
 
 def _run_groups(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:

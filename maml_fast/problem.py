@@ -140,6 +140,11 @@ class Problem:
         """A tensor of the shape of a parameter's gradient."""
         return self.by_step[name] if name in self.by_step else self.parameters[name]
 
+    def no_rate_gradient(self, name: str, like: Tensor) -> Tensor:
+        """Zeros of the shape of the gradient of a parameter's rates."""
+        rates = self.rates.values[name]
+        return like.new_zeros(rates.shape if isinstance(rates, Tensor) else len(rates))
+
     def query_weight_at(self, step: int) -> float:
         """What the query loss before inner step `step`, or behind the last, counts."""
         if self.step_weights:

@@ -136,6 +136,8 @@ class Settings(nn.Module):
     @property
     def _by_step(self) -> dict[str, nn.Parameter]:
         """`step_params` by the names of the model's."""
+        if not self._modules["step_params"]:  # asked at each call
+            return {}
         return {key.replace("/", "."): values for key, values in self.step_params.items()}
 
     def _knows(self, model: Any) -> bool:

@@ -91,7 +91,7 @@ class Program:
         self.output, self.dtype = plan.output[1:], plan.shapes.dtype
         ops = [layer.link.op for layer in plan.layers if isinstance(layer.link.op, Weighted)]
         assert plan.cpu is not None
-        self.prepared = prepare(Layers(plan.body, plan.layers), plan.cpu, variant, plan.shapes)
+        self.prepared = prepare(Layers([], plan.layers), plan.cpu, variant, plan.shapes)
         used = {name for op in ops for name in op.parameters}
         self.unused = [name for name in variant.adapting if name not in used]
         self.like = [problem.like(name).detach() for name in variant.adapting]
@@ -132,7 +132,9 @@ class Program:
         addresses += (losses.data_ptr(), support_losses.data_ptr(), outputs.data_ptr())
         addresses += (0, 0) if by_input is None else (rows.data_ptr() for rows in by_input)
         rates = []
-        parameters, values = {**problem.parameters, **problem.by_step}, problem.rates.values
+        parameters, values = problem.parameters, problem.rates.values
+        if problem.by_step:
+            parameters = {**parameters, **problem.by_step}
         for weight, bias, weight_start, bias_start in self.layers:
             by_step = None
             if variant.learning and not variant.learning.isdisjoint((weight, bias)):
@@ -146,9 +148,13 @@ class Program:
                 address(by_step, alive),
                 address(adapted.get(weight), alive) if adapted else 0,
                 address(adapted.get(bias), alive) if adapted else 0,
-                *(self._numbers_of_rates(values, (weight, bias), by_number, alive)),
             )
-            rates.append((self._of_steps(values, weight), self._of_steps(values, bias)))
+            if variant.by_number:
+                addresses += self._numbers_of_rates(values, (weight, bias), by_number, alive)
+                rates.append((self._of_steps(values, weight), self._of_steps(values, bias)))
+            else:
+                addresses += (0, 0, 0, 0)
+                rates.append((values.get(weight, ()), values.get(bias, ())))
         finite = self.prepared.run(tasks, addresses, rates, torch.get_num_threads())
         outcome = Outcome(losses, support_losses, outputs, finite=finite)
         if flat is not None:
@@ -159,13 +165,11 @@ class Program:
             outcome.input_gradients = by_input
         return outcome
 
-    def _of_steps(self, values: Rates, name: str) -> tuple[float, ...]:
+    def _of_steps(self, values: Rates, name: str) -> tuple[float, ...] | Tensor:
         """A rate for each step; zeros for the engine where each number has its own."""
         if name in self.variant.by_number:
             return (0.0,) * self.variant.inner_steps
-        rates = values.get(name, ())
-        assert not isinstance(rates, Tensor)
-        return rates
+        return values.get(name, ())
 
     def _numbers_of_rates(
         self,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from maml_fast.problem import Outcome, Problem, TaskBatch
 
@@ -38,7 +37,8 @@ def _add_up(
 ) -> None:
     """The gradients of `parts`, each times its weight, into the total."""
     found = {name: torch.zeros_like(problem.like(name)) for name in problem.learned}
-    rates = {name: _no_rates(problem, name, batch) for name in problem.rates.learning}
+    learning = problem.rates.learning
+    rates = {name: problem.no_rate_gradient(name, batch.support_x) for name in learning}
     by_input = [torch.zeros_like(x) for x in (batch.support_x, batch.query_x)]
     for weight, part in parts:
         assert part.gradients is not None
@@ -52,11 +52,6 @@ def _add_up(
     total.gradients, total.rate_gradients = found, rates
     if problem.wants_inputs:
         total.input_gradients = by_input[0], by_input[1]
-
-
-def _no_rates(problem: Problem, name: str, batch: TaskBatch) -> Tensor:
-    rates = problem.rates.values[name]
-    return batch.support_x.new_zeros(rates.shape if isinstance(rates, Tensor) else len(rates))
 
 
 def reptile(run: Run, problem: Problem, batch: TaskBatch) -> Outcome:

@@ -13,7 +13,7 @@ def reptile(problem: Problem, adapted: AdaptedTasks, outcome: Outcome) -> None:
     outcome.gradients = {
         name: (problem.parameters[name] - moved[name]).sum(0)
         if name in problem.rates.values
-        else torch.zeros_like(problem.by_step.get(name, problem.parameters[name]))
+        else torch.zeros_like(problem.like(name))
         for name in problem.learned
     }
     outcome.rate_gradients = {}

@@ -195,7 +195,7 @@ class PlannedStepper:
             name: found[name] if name in found else zeros[name] for name in problem.learned
         }
         outcome.rate_gradients = {
-            name: rates[name] if name in rates else self._no_rates(name)
+            name: rates[name] if name in rates else problem.no_rate_gradient(name, self.support_x)
             for name in problem.rates.learning
         }
         if problem.wants_inputs:
@@ -208,10 +208,6 @@ class PlannedStepper:
                 of_support.reshape(self.batch.support_x.shape),
                 of_query.reshape(self.batch.query_x.shape),
             )
-
-    def _no_rates(self, name: str) -> Tensor:
-        rates = self.problem.rates.values[name]
-        return self.support_x.new_zeros(rates.shape if isinstance(rates, Tensor) else len(rates))
 
     def adapted(self, fast: int, support_losses: Tensor) -> AdaptedByPlan:
         return AdaptedByPlan(self, fast, support_losses)
