@@ -4,7 +4,13 @@ from importlib.metadata import version
 
 from maml_fast import inner, outer, presets
 from maml_fast.check import CheckReport, check
-from maml_fast.errors import NonFiniteError, UnavailableBackendError, UnsupportedModelError
+from maml_fast.errors import (
+    MemoryWarning,
+    NonFiniteError,
+    NonFiniteWarning,
+    UnavailableBackendError,
+    UnsupportedModelError,
+)
 from maml_fast.maml import MAML
 from maml_fast.plan import Plan
 from maml_fast.rates import PositiveRate
@@ -16,8 +22,10 @@ __all__ = [
     "MAML",
     "AdaptedModels",
     "CheckReport",
+    "MemoryWarning",
     "MetaStepResult",
     "NonFiniteError",
+    "NonFiniteWarning",
     "Plan",
     "PositiveRate",
     "Trajectory",

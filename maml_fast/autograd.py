@@ -33,7 +33,7 @@ class MetaStep(torch.autograd.Function):
             ctx.save_for_backward(*found.values(), *rates)
         rest = (outcome.task_losses, outcome.support_losses, outcome.query_outputs)
         ctx.mark_non_differentiable(*rest)
-        return reduce(outcome.task_losses, reduction), *rest
+        return reduce(outcome.counted_losses, reduction), *rest
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated
-
-from torch import OutOfMemoryError
 
 try:
     from cyclopts import App, Parameter
@@ -20,6 +17,7 @@ try:
     from maml_fast.config import TrainConfig
     from maml_fast.config_images import FolderConfig, OmniglotConfig
     from maml_fast.config_sinusoid import SinusoidConfig
+    from maml_fast.memory import refused_bytes
     from maml_fast.train import train
 except ModuleNotFoundError as error:
     missing = (error.name or "").partition(".")[0]
@@ -175,22 +173,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("maml-fast:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        text = _out_of_memory(error)
-        if text is None:
+        refused = refused_bytes(error)
+        if refused is None:
             raise
-        print(f"maml-fast: {text}", file=sys.stderr)
+        what = " ".join(str(error).split()) or "no more is had"
+        if refused:
+            what = f"{refused:,} bytes were wanted at once"
+        advice = "less is needed with fewer tasks or smaller images"
+        print(f"maml-fast: out of memory: {what}; {advice}", file=sys.stderr)
         return 2
     return result or 0
-
-
-def _out_of_memory(error: MemoryError | RuntimeError) -> str | None:
-    """What to say of an error that tells of too little memory; None of any other.
-
-    On a CPU torch raises a plain RuntimeError, known by its text alone.
-    """
-    text = " ".join(str(error).split())
-    refused = re.search(r"you tried to allocate (\d+) bytes", text)
-    if refused is None and not isinstance(error, (MemoryError, OutOfMemoryError)):
-        return None
-    what = f"{int(refused[1]):,} bytes were wanted at once" if refused else text or "no more is had"
-    return f"out of memory: {what}; less is needed with fewer tasks or smaller images"

@@ -22,5 +22,13 @@ class NonFiniteError(FloatingPointError, ValueError):
         self.tasks = tasks
 
 
+class NonFiniteWarning(UserWarning):
+    """Tasks were left out of a meta-step whose loss or gradient came out as NaN or infinity."""
+
+
+class MemoryWarning(UserWarning):
+    """A device ran out of memory; the meta-step goes on with fewer tasks a pass."""
+
+
 class DataError(ValueError):
     """Data cannot be used; the message names the file or class, what was found and wanted."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from maml_fast import custom_op, meta_step
 from maml_fast.autograd import Found, MetaStep, reduce
-from maml_fast.finite import check_finite, check_losses
+from maml_fast.finite import check_finite, check_losses, warn_of, without_bad_tasks
 from maml_fast.inputs import check_batch, check_classes, check_row_weights, check_targets
 from maml_fast.layers import Asked
 from maml_fast.options import check_count
@@ -47,7 +47,9 @@ class MAML(Settings):
     first_order: leave out the second-order terms (FOMAML).
     reduction: of the loss over tasks, "mean" or "sum".
     backend: "auto", "triton", "cpu", "torch", "functional" or "reference".
-    chunk_size: tasks a pass; None: chosen to fit memory.
+    chunk_size: tasks a pass at most, where a backend's memory grows with them (`plan` says how many
+        it takes). None: a function of sizes, so that the same data give the same bits on any
+        machine; less where a GPU has less memory free.
     inner_params: names, or patterns with *, of the parameters that adapt, each task's own; others
         that require grad get a meta-gradient still (ANIL, BOIL, CAVIA). None: all that require
         grad. A parameter that adapts and does not require grad gets none.
@@ -61,6 +63,10 @@ class MAML(Settings):
         each inner step and for the query, as the norms of MAML++: they are learned as
         `maml.step_params`, [inner_steps + 1, *shape], and begin as the model's.
     fast_weights: "auto" (per layer, by cost), "factored" or "dense"; of planned backends only.
+    on_nonfinite: what becomes of tasks whose loss or gradient is NaN or infinite: "raise" a
+        NonFiniteError, "skip" them, so that loss and gradient are those of the others, or "warn",
+        which skips them with a NonFiniteWarning. Where no task is left both raise. The result's
+        `skipped` names them (not under torch.compile).
     cuda_graphs: whether backend "triton" may keep a meta-step as a CUDA graph once it comes again
         with data of the same shapes, and replay it from then on.
 
@@ -91,7 +97,8 @@ class MAML(Settings):
             nothing, whatever they hold, and their query_outputs are 0.
         Where support_x or query_x requires grad, `loss.backward()` fills its gradient too.
         Raises ValueError or TypeError for data that do not fit, NonFiniteError where a loss or a
-        gradient is NaN or infinite, UnsupportedModelError where the backend cannot run the model.
+        gradient is NaN or infinite (see on_nonfinite), UnsupportedModelError where the backend
+        cannot run the model.
         """
         data = support_x, support_y, query_x, query_y, support_weight, query_weight
         if torch.compiler.is_compiling():
@@ -112,20 +119,20 @@ class MAML(Settings):
         inputs = [batch.support_x, batch.query_x] if problem.wants_inputs else []
         if not (torch.is_grad_enabled() and (planned.learned or inputs or problem.rates.learning)):
             outcome = self._run(planned.plan, problem, batch, False)
-            loss = reduce(outcome.task_losses, self.reduction)
+            loss = reduce(outcome.counted_losses, self.reduction)
             rest = outcome.task_losses, outcome.support_losses, outcome.query_outputs
-            return MetaStepResult(loss, *rest)
+            return MetaStepResult(loss, *rest, skipped=outcome.skipped)
 
-        kept: list[Tensor | None] = []
+        kept: list[Outcome] = []
 
         def run() -> Found:
             found = self._run_with_gradients(planned.plan, problem, batch)
-            kept.append(found[0].residuals)
+            kept.append(found[0])
             return found
 
         learned = (*self._learned(planned), *self.rates.learning(), *inputs)
         result = MetaStepResult(*MetaStep.apply(run, self.reduction, *learned))
-        result.residuals = kept[0]
+        result.residuals, result.skipped = kept[0].residuals, kept[0].skipped
         return result
 
     def _batch(self, *data: Tensor | None) -> TaskBatch:
@@ -195,7 +202,7 @@ class MAML(Settings):
                 outcome, found, rates = self._run_with_gradients(planned.plan, problem, batch)
             else:
                 outcome, found, rates = self._run(planned.plan, problem, batch, False), {}, []
-            loss = reduce(outcome.task_losses, self.reduction)
+            loss = reduce(outcome.counted_losses, self.reduction)
         gradients = dict(zip(planned.own_names, found.values(), strict=True))
         for name in self._by_step:
             gradients[f"step_params.{name.replace('.', '/')}"] = gradients.pop(f"model.{name}")
@@ -205,7 +212,7 @@ class MAML(Settings):
                 if label := owned.get(id(rate)):
                     gradients[label] = gradient
         rest = outcome.task_losses, outcome.support_losses, outcome.query_outputs
-        return MetaStepResult(loss, *rest, outcome.residuals), gradients
+        return MetaStepResult(loss, *rest, outcome.residuals, outcome.skipped), gradients
 
     def _run(self, plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:
         quick = plan.reads_memory and not torch.is_inference_mode_enabled()
@@ -218,7 +225,12 @@ class MAML(Settings):
                 outcome = meta_step.run(plan, problem, batch, gradient)
             if plan.reads_memory and problem.loss == "cross_entropy" and not outcome.finite:
                 check_classes(batch, plan.output[-1])  # one that there is not makes the loss NaN
-            check_finite(plan, problem, batch, outcome)
+            if self.on_nonfinite == "raise":
+                check_finite(plan, problem, batch, outcome)
+                return outcome
+            outcome = without_bad_tasks(plan, problem, batch, outcome)
+            if self.on_nonfinite == "warn" and outcome.skipped is not None:
+                warn_of(outcome.skipped, batch.tasks)
         return outcome
 
     def _run_with_gradients(self, plan: Plan, problem: Problem, batch: TaskBatch) -> Found:
@@ -232,7 +244,7 @@ class MAML(Settings):
         if self.reduction == "mean":
             whole = [found.flat] if isinstance(found, FlatGradients) else list(found.values())
             if whole or rest:
-                torch._foreach_div_(whole + rest, batch.tasks)
+                torch._foreach_div_(whole + rest, outcome.counted)
         return outcome, found, rest
 
     @torch.compiler.disable

@@ -6,15 +6,18 @@ What a pass computes, and in which order: `maml_fast.backends.stepping`, for bac
 from __future__ import annotations
 
 import math
+import warnings
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from maml_fast import memory
 from maml_fast.backends import cpu, lengths, meta_gradients, reference, stepping, triton
 from maml_fast.backends.body import Body
 from maml_fast.backends.functional import FunctionalStepper
 from maml_fast.backends.planned import PlannedStepper
+from maml_fast.errors import MemoryWarning
 from maml_fast.losses import LOSSES, WeightedRows
 from maml_fast.ops import BatchNorm
 from maml_fast.outer import Reptile
@@ -96,6 +99,28 @@ def _as_many(part: Tensor, tasks: int) -> Tensor:
 
 
 def _run_passes(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:
+    """All passes; where memory runs out, once more by half as many tasks, once in a plan's life."""
+    try:
+        return _run_each_pass(plan, problem, batch, gradient)
+    except (MemoryError, RuntimeError) as error:
+        size = min(plan.chunk_size, batch.tasks)
+        if plan.halved or size == 1 or plan.takes_all or memory.refused_bytes(error) is None:
+            raise
+        reason = " ".join(str(error).split())
+    # Outside of the handler, which holds what the failed pass had made.
+    plan.chunk_size, plan.halved = math.ceil(size / 2), True
+    warnings.warn(
+        f"out of memory with {size} tasks a pass ({reason}); from now on {plan.chunk_size}. Their "
+        "gradients are the same, but summed in another order",
+        MemoryWarning,
+        stacklevel=2,
+    )
+    if batch.support_x.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return _run_each_pass(plan, problem, batch, gradient)
+
+
+def _run_each_pass(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:
     outcomes: list[Outcome] = []
     for chunk in batch.chunks(plan.chunk_size):
         outcome = _run_chunk(plan, problem, chunk, gradient)

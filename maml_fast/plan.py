@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from maml_fast import cpu_features, cpu_plan, triton_features, triton_plan
+from maml_fast import cpu_features, cpu_plan, memory, triton_features, triton_plan
 from maml_fast.cost import choose_form, still_cost
 from maml_fast.errors import UnavailableBackendError, UnsupportedModelError
 from maml_fast.inner import SGD
@@ -30,8 +30,11 @@ FAST_WEIGHTS = ("auto", "factored", "dense")
 
 # What a pass may keep at once; more tasks than fit are taken in several passes. On a CPU small
 # passes stay near the cache; functional keeps the parameters of every step, and bounds them.
+# On a GPU so much that its kernels are long beside their launches, and still no function of the
+# GPU's memory: the passes decide how the sum over tasks is rounded.
 CPU_PASS_BYTES = {"torch": 24 << 20, "functional": 32 << 20, "triton": 24 << 20}
-GPU_PASS_SHARE = 0.25
+GPU_PASS_BYTES = 2 << 30
+GPU_SHARE = 0.5  # of the memory at hand, which a pass takes at most
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Plan:
     moving: list[str] = field(default_factory=list)  # parameters of `layers` that adapt or learn
     refusals: list[str] = field(default_factory=list)
     forward_mode: bool = True  # how functional takes Hessian-vector products
+    halved: bool = False  # whether `chunk_size` was halved when memory ran out
     cpu: cpu_plan.CpuPlan | None = None
     triton: triton_plan.TritonPlan | None = None
     # Of the compiled backends, prepared
@@ -100,6 +104,11 @@ class Plan:
         if self.reptile_by_steps:
             return "Reptile by first-order inner loops of all lengths; figures of MAML's one"
         return ""
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether a pass takes all tasks, as the backend's memory does not grow with them."""
+        return _takes_all(self.backend, self.triton)
 
     @property
     def reads_memory(self) -> bool:
@@ -215,17 +224,14 @@ def make_plan(
             f"backend 'functional' cannot run this model: {'; '.join(unbatched)}; or take "
             "backend='reference', which runs any module one task at a time"
         )
-    chunk_size = asked.chunk_size
-    if chunk_size is None:
-        if backend in ("reference", "cpu") or (triton is not None and triton.kernels == "fused"):
-            chunk_size = shapes.tasks  # their memory does not grow with the tasks
-        else:
-            chunk_size = _chunk_size(model, backend, layers, shapes, asked.inner_steps)
-            if triton is not None and triton.wave:
-                chunk_size = min(chunk_size, triton.wave)
+    chunk_size = shapes.tasks
+    if not _takes_all(backend, triton):
+        chunk_size = _chunk_size(model, backend, layers, shapes, asked.inner_steps)
+        if triton is not None and triton.wave:
+            chunk_size = min(chunk_size, triton.wave)
         passes = math.ceil(shapes.tasks / chunk_size)
         chunk_size = math.ceil(shapes.tasks / passes)  # of about one size
-    chunk_size = min(chunk_size, shapes.tasks)
+        chunk_size = min(chunk_size, asked.chunk_size or chunk_size)
     return Plan(
         backend,
         reason,
@@ -242,6 +248,10 @@ def make_plan(
         batch_norms=_batch_norms(model, [*parts.body, *layers]),
         centred_by=centred_by(layers) if backend in PLANNED else "",
     )
+
+
+def _takes_all(backend: str, triton: triton_plan.TritonPlan | None) -> bool:
+    return backend in ("reference", "cpu") or (triton is not None and triton.kernels == "fused")
 
 
 def _batch_norms(model: nn.Module, layers: Sequence[LayerPlan]) -> str:
@@ -286,18 +296,20 @@ def _with_form(layer: LayerPlan, asked: Asked, shapes: Shapes) -> LayerPlan:
 def _chunk_size(
     model: nn.Module, backend: str, layers: list[LayerPlan], shapes: Shapes, inner_steps: int
 ) -> int:
-    """Tasks a pass. A function of sizes alone, so that the same call gives the same bits."""
+    """Tasks a pass. A function of sizes alone, so that the same call gives the same bits, unless a
+    GPU has too little memory at hand: then half as many, or a quarter, and so on."""
     if backend == "functional":
         copies = inner_steps + 4  # of the parameters: each step's, a gradient, the adjoint's
         kept = copies * sum(p.numel() for p in model.parameters())
     else:
         kept = sum(_kept_by(layer, shapes, inner_steps) for layer in layers if not layer.prelude)
         kept *= 3 if backend == "triton" else 1  # cotangents, tangents, factors beside each other
+    budget = CPU_PASS_BYTES[backend]
     if shapes.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(shapes.device).total_memory
-        budget = int(memory * GPU_PASS_SHARE)
-    else:
-        budget = CPU_PASS_BYTES[backend]
+        budget = GPU_PASS_BYTES
+        most = max(1, int(memory.at_hand(shapes.device) * GPU_SHARE))
+        while budget > most:
+            budget //= 2
     return max(1, budget // max(1, kept * shapes.dtype.itemsize))
 
 

@@ -203,6 +203,21 @@ class Outcome:
     input_gradients: tuple[Tensor, Tensor] | None = None
     residuals: Tensor | None = None  # [T], of the implicit meta-gradient's equations
     finite: bool | None = None  # whether all of it is; None: not looked at yet
+    skipped: Tensor | None = None  # places of tasks that do not count, None where all do
+
+    @property
+    def counted_losses(self) -> Tensor:
+        """`task_losses` of the tasks that count."""
+        if self.skipped is None:
+            return self.task_losses
+        counts = torch.ones_like(self.task_losses, dtype=torch.bool)
+        counts[self.skipped] = False
+        return self.task_losses[counts]
+
+    @property
+    def counted(self) -> int:
+        """How many tasks count."""
+        return len(self.task_losses) - (0 if self.skipped is None else len(self.skipped))
 
 
 class AdaptedTasks(Protocol):

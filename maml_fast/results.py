@@ -26,6 +26,8 @@ class MetaStepResult:
     query_outputs: [T, M, ...], detached: predictions of the adapted models.
     residuals: [T] of the implicit meta-gradient: |b - A x| / |b| of each task's equations; else
         None.
+    skipped: int64 [K], in order, the tasks that `on_nonfinite` left out of loss and gradient, whose
+        losses and outputs are shown as they are; None where all count.
     """
 
     loss: Tensor
@@ -33,6 +35,7 @@ class MetaStepResult:
     support_losses: Tensor
     query_outputs: Tensor
     residuals: Tensor | None = None
+    skipped: Tensor | None = None
 
 
 @dataclass

@@ -55,6 +55,7 @@ class Settings(nn.Module):
         step_weights: Sequence[float] | None = None,
         meta_gradient: MetaGradient | None = None,
         step_params: Sequence[str] = (),
+        on_nonfinite: str = "raise",
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -77,6 +78,7 @@ class Settings(nn.Module):
         self.inner_optimizer = SGD() if inner_optimizer is None else inner_optimizer
         self.step_weights = step_weights
         self.meta_gradient = meta_gradient
+        self.on_nonfinite = on_nonfinite
         self.step_params = _of_steps(model, step_params, inner_steps)
         self._check_options()
         matching("inner_params", self.inner_params, dict(model.named_parameters()))
@@ -93,6 +95,7 @@ class Settings(nn.Module):
             "inner_params": None,
             "step_weights": None,
             "meta_gradient": None,
+            "on_nonfinite": "raise",
         }
         super().__setstate__({"inner_optimizer": SGD(), **of_old, **state})  # of a state without
         if "step_params" not in self._modules:
@@ -109,6 +112,7 @@ class Settings(nn.Module):
         check_choice("reduction", self.reduction, ("mean", "sum"))
         check_choice("backend", self.backend, BACKENDS)
         check_choice("fast_weights", self.fast_weights, FAST_WEIGHTS)
+        check_choice("on_nonfinite", self.on_nonfinite, ("raise", "skip", "warn"))
         if self.chunk_size is not None:
             check_count("chunk_size", self.chunk_size, least=1)
         check_rule(self.inner_optimizer)

@@ -287,8 +287,7 @@ def test_losses_of_steps_of_images(instructions, name, weights):
         assert_same(model, batch, steps=3, **options)
 
 
-def test_losses_of_steps_in_passes(engine):
-    """Some tasks a pass, and more steps than programs are kept."""
+def test_losses_of_more_steps_than_programs_are_kept(engine):
     model, batch = build(FLAT, "linear", Draw(32))
     weights = [0.05 * (k + 1) for k in range(13)]
-    assert_same(model, batch, rate=0.02, steps=12, step_weights=weights, chunk_size=2)
+    assert_same(model, batch, rate=0.02, steps=12, step_weights=weights)

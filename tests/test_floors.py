@@ -8,7 +8,7 @@ import maml_fast
 ROOT = Path(maml_fast.__file__).parent
 FLOORS = [
     {"kernels"},
-    {"errors", "openmp", "cost", "custom_op", "inner"},
+    {"errors", "memory", "openmp", "cost", "custom_op", "inner"},
     {"outer", "cpu_features", "cpu_cost", "triton_features", "triton_cost"},
     {"ops", "losses", "signature"},
     {"fast_weights", "problem", "refusals", "norm_calls"},

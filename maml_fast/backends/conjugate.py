@@ -16,11 +16,12 @@ def conjugate_gradients(
     """x of A x = b for each task's symmetric A, and the residuals |b - A x| / |b| [T].
 
     A task that has come within the tolerance, or whose A turns out not to be positive along the
-    direction searched, stays as it is.
+    direction searched, stays as it is. One whose b is not finite has an x of NaN.
     """
-    x = {name: torch.zeros_like(part) for name, part in b.items()}
     rest, along = dict(b), dict(b)
     squares = start = _inner(rest, rest)  # [T]
+    nowhere = torch.where(start.isfinite(), 0.0, torch.nan)
+    x = {name: _of_tasks(nowhere, part).expand_as(part) for name, part in b.items()}
     open_tasks = squares > 0
     for _ in range(iterations):
         open_tasks = open_tasks & (squares > tolerance**2 * start)
@@ -45,6 +46,9 @@ def _inner(a: Vectors, b: Vectors) -> Tensor:
 
 def _plus(a: Vectors, b: Vectors, scale: Tensor) -> Vectors:
     """a + scale b, of each task by its own"""
-    return {
-        name: part + scale.view(-1, *(1,) * (part.dim() - 1)) * b[name] for name, part in a.items()
-    }
+    return {name: part + _of_tasks(scale, part) * b[name] for name, part in a.items()}
+
+
+def _of_tasks(values: Tensor, like: Tensor) -> Tensor:
+    """[T], as [T, 1, ...] beside a tensor [T, *shape]"""
+    return values.view(-1, *(1,) * (like.dim() - 1))
