@@ -18,6 +18,7 @@ try:
     from maml_fast.config_images import FolderConfig, OmniglotConfig
     from maml_fast.config_sinusoid import SinusoidConfig
     from maml_fast.memory import refused_bytes
+    from maml_fast.ranks import label
     from maml_fast.train import train
 except ModuleNotFoundError as error:
     missing = (error.name or "").partition(".")[0]
@@ -140,6 +141,8 @@ def _train(config: TrainConfig, begin: Begin) -> int:
         overwrite=begin.overwrite,
         announce=lambda line: print(line, file=sys.stderr),
     )
+    if label():  # the first rank says it
+        return 128 + result.stopped_by if result.stopped_by else 0
     where = shlex.quote(str(result.checkpoint))
     if result.stopped_by:
         folder = shlex.quote(str(config.output))
@@ -170,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("maml-fast: interrupted; the last checkpoint stands", file=sys.stderr)
         return 130
     except (CycloptsError, ValueError, FloatingPointError, OSError) as error:
-        print("maml-fast:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"maml-fast: {label()}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         refused = refused_bytes(error)

@@ -41,6 +41,12 @@ def load_images(config: ImageConfig, data: Sequence[Path] = ()) -> ImageSet:
     return load_folder(paths[0], size, channels)
 
 
+def fetch_images(config: ImageConfig) -> None:
+    """Have a run's data on this machine, where they are to be downloaded."""
+    if isinstance(config, OmniglotConfig) and not config.data:
+        _downloaded(config.download)
+
+
 def image_shape(config: ImageConfig) -> tuple[int, int]:
     """Pixels a side, and channels, of a run's images."""
     if isinstance(config, FolderConfig):

@@ -14,6 +14,7 @@ from maml_fast.checkpoint import CheckpointError, load_checkpoint
 from maml_fast.config import TrainConfig, check_device, kind_of
 from maml_fast.config_images import FolderConfig, OmniglotConfig
 from maml_fast.config_sinusoid import SinusoidConfig
+from maml_fast.ranks import ALONE, Ranks
 from maml_fast.run import Run, read_config
 from maml_fast.run_images import ImageRun, image_model
 from maml_fast.run_sinusoid import SinusoidRun, sinusoid_model
@@ -23,7 +24,7 @@ class Kind(NamedTuple):
     """What a kind of run is made of."""
 
     config: type[TrainConfig]
-    run: Callable[[Any], Run]
+    run: Callable[[Any, Ranks], Run]
     model: Callable[[Any, torch.device], nn.Module]
 
 
@@ -48,9 +49,9 @@ class TrainedModel:
     data: dict[str, Any]  # see image_data.DataIdentity; empty for a sinusoid
 
 
-def make_run(config: TrainConfig) -> Run:
-    """The beginning of the run that a configuration describes."""
-    return KINDS[config.kind].run(config)
+def make_run(config: TrainConfig, ranks: Ranks = ALONE) -> Run:
+    """The beginning of the run that a configuration describes, for a rank to take part in."""
+    return KINDS[config.kind].run(config, ranks)
 
 
 def load_trained(path: Path, device: str = "cpu") -> TrainedModel:

@@ -65,6 +65,19 @@ class History:
         write_atomically(self.path, "".join(kept).encode())
 
 
+class NoHistory(History):
+    """That of a rank which does not write."""
+
+    def __enter__(self) -> History:
+        return self
+
+    def append(self, iteration: int, **figures: float) -> None:
+        """Nothing."""
+
+    def keep_until(self, iteration: int) -> None:
+        """Nothing."""
+
+
 class ProgressLine:
     """A progress bar with loss, speed and a note on stderr, drawn twice a second by the loop.
 
@@ -73,7 +86,7 @@ class ProgressLine:
 
     INTERVAL = 0.5  # seconds
 
-    def __init__(self, done: int, total: int) -> None:
+    def __init__(self, done: int, total: int, shown: bool = True) -> None:
         self._bar = Progress(
             MofNCompleteColumn(),
             BarColumn(),
@@ -82,6 +95,7 @@ class ProgressLine:
             console=Console(stderr=True),
             auto_refresh=False,
             speed_estimate_period=10.0,
+            disable=not shown,
         )
         self._task = self._bar.add_task(
             "", total=total, completed=done, loss="-", speed="-", note=""

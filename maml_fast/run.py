@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from maml_fast import MAML
 from maml_fast.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from maml_fast.config import ConfigError, TrainConfig
+from maml_fast.errors import NonFiniteError
+from maml_fast.ranks import ALONE, EXTRA, Ranks
 from maml_fast.tasks import Episodes
 
 # Added to a run's seed for its tasks: a stream other than the initial weights' and than those of
@@ -28,8 +31,8 @@ class DivergedError(FloatingPointError):
 class Tasks(Protocol):
     """A seeded stream of tasks that a checkpoint can hold."""
 
-    def sample(self, tasks: int, shots: int, query_shots: int) -> Episodes:
-        """New tasks."""
+    def sample(self, tasks: int, shots: int, query_shots: int, own: slice) -> Episodes:
+        """New tasks; of them those of the slice alone, while the stream moves on by all."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Where the stream stands."""
@@ -41,11 +44,20 @@ class Tasks(Protocol):
 class Run:
     """The state of a run: model, rate, optimiser, tasks, iteration, and the losses to be logged.
 
-    A kind of run makes the model and the tasks, and may validate.
+    A kind of run makes the model and the tasks, and may validate. Of several ranks each has the
+    whole state and does each step; they share the tasks, and the first alone writes.
     """
 
-    def __init__(self, config: TrainConfig, model: nn.Module, loss: str, tasks: Tasks) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        loss: str,
+        tasks: Tasks,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.config = config
+        self.ranks = ranks
         self.model = model
         self.tasks = tasks
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -53,7 +65,8 @@ class Run:
         if config.learn_inner_lr:
             rate = torch.tensor(config.inner_lr, device=trained[0].device)
             self.rates["inner_lr"] = nn.Parameter(rate)
-        self.parameters = FlatParameters([*trained, *self.rates.values()])
+        extra = EXTRA if ranks.count > 1 else 0
+        self.parameters = FlatParameters([*trained, *self.rates.values()], extra)
         self.maml = MAML(
             self.model,
             loss=loss,
@@ -72,15 +85,23 @@ class Run:
         self._last_mean: float | None = None
 
     def step(self) -> None:
-        """One meta-step on new tasks."""
-        episodes = self.tasks.sample(self.config.tasks, self.config.shots, self.config.query_shots)
+        """One meta-step on new tasks, of which each rank takes its share."""
+        config, own = self.config, self.ranks.share(self.config.tasks)
+        episodes = self.tasks.sample(config.tasks, config.shots, config.query_shots, own)
         self.parameters.zero_grad()
-        loss = self.maml(*episodes).loss
-        loss.backward()
+        count, loss = len(episodes.support_x), None
+        if count:  # there may be fewer tasks than ranks
+            try:
+                loss = self.maml(*episodes).loss
+            except NonFiniteError as error:
+                raise self.ranks.explained(error, config.tasks) from None
+            loss.backward()
+            loss = loss.detach()
+        loss = self.ranks.combine(self.parameters.gradient, loss, count)
         if self.config.clip_gradient:
             self.parameters.clip(self.config.clip_gradient)
         self.optimizer.step()
-        self._loss_sum += loss.detach()
+        self._loss_sum += loss
         self._losses += 1
         self.iteration += 1
 
@@ -116,9 +137,14 @@ class Run:
         return {name: rate.item() for name, rate in self.rates.items()}
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint, unless its parameters would not be finite."""
+        """Write a checkpoint, unless its parameters would not be finite. All ranks call it."""
         if not bool(self.parameters.flat.isfinite().all()):
             raise DivergedError(f"parameters are not finite at iteration {self.iteration}")
+        if self.ranks.count > 1:
+            content = self.parameters.flat.detach().cpu().numpy().tobytes()
+            self.ranks.check_same(f"parameters at iteration {self.iteration}", content)
+        if not self.ranks.first:
+            return
         checkpoint = Checkpoint(
             self.config.to_dict(), self.iteration, self._groups(), self._identity()
         )
@@ -167,6 +193,11 @@ class Run:
             "window": {"loss_sum": self._loss_sum, "losses": torch.tensor(self._losses)},
         }
 
+    def described(self) -> bytes:
+        """What ranks must have in common: configuration, data, and where the run stands."""
+        config = self.config.to_dict()
+        return json.dumps([config, self._identity(), self.iteration], sort_keys=True).encode()
+
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint says of the run's data."""
         return {}
@@ -182,9 +213,11 @@ class FlatParameters:
     update is elementwise, so it is the same update.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], extra: int = 0) -> None:
         self.flat = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in parameters]))
-        self._gradient = torch.zeros_like(self.flat.data)
+        # [P + extra]: behind the gradient there is room for what is to be summed along with it.
+        self.gradient = self.flat.data.new_zeros(self.flat.numel() + extra)
+        self._gradient = self.gradient[: self.flat.numel()]
         self.flat.grad = self._gradient
         sizes = [p.numel() for p in parameters]
         values, gradients = self.flat.data.split(sizes), self._gradient.split(sizes)

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maml_fast.config import check_device
 from maml_fast.config_images import ImageConfig
 from maml_fast.evaluate_images import accuracies
 from maml_fast.image_data import (
     DataIdentity,
+    fetch_images,
     image_shape,
     load_images,
     query_shots_for,
     split_images,
 )
 from maml_fast.models import omniglot_conv4, omniglot_mlp
+from maml_fast.ranks import ALONE, Ranks
 from maml_fast.run import TASK_SEEDS, Run
 from maml_fast.tasks import ImageTasks
 
@@ -30,8 +31,11 @@ class ImageRun(Run):
 
     config: ImageConfig
 
-    def __init__(self, config: ImageConfig) -> None:
-        device = check_device(config.device)
+    def __init__(self, config: ImageConfig, ranks: Ranks = ALONE) -> None:
+        device = ranks.device(config.device)
+        if ranks.local == 0:
+            fetch_images(config)
+        ranks.wait()  # the others of a machine find them there
         training, held_out = split_images(config, load_images(config))
         self._data = DataIdentity.of(training, held_out)
         self.held_out = None if held_out is None else held_out.to(device)
@@ -42,7 +46,7 @@ class ImageRun(Run):
             seed=config.seed + TASK_SEEDS,
             device=device,
         )
-        super().__init__(config, image_model(config, device), "cross_entropy", tasks)
+        super().__init__(config, image_model(config, device), "cross_entropy", tasks, ranks)
         self.training = tasks.data  # on the device, where one copy is enough
         self._device = device
         self._best_accuracy, self._best_iteration = 0.0, -1
@@ -53,16 +57,18 @@ class ImageRun(Run):
         Of the training's and the evaluation's numbers of steps, the one that does better counts:
         what one step is trained for, more steps may undo while the training is young.
         """
-        config = self.config
-        if self.held_out is None or self.iteration % config.validate_every:
+        config, held_out = self.config, self.held_out
+        if held_out is None or self.iteration % config.validate_every:
             return None
-        found = accuracies(
-            self.maml,
-            ImageTasks(self.held_out, config.ways, seed=VALIDATION_SEED, device=self._device),
-            shots=config.shots,
-            query_shots=query_shots_for(self.held_out, config.shots),
-            steps=sorted({config.inner_steps, config.evaluation_steps}),
-            tasks=config.validation_tasks,
+        found = self.ranks.of_first(
+            lambda: accuracies(
+                self.maml,
+                ImageTasks(held_out, config.ways, seed=VALIDATION_SEED, device=self._device),
+                shots=config.shots,
+                query_shots=query_shots_for(held_out, config.shots),
+                steps=sorted({config.inner_steps, config.evaluation_steps}),
+                tasks=config.validation_tasks,
+            )
         )
         best = max(found, key=lambda row: row.accuracy)
         if self._best_iteration < 0 or best.accuracy > self._best_accuracy:

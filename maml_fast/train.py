@@ -5,7 +5,8 @@ Files of a run, in `config.output`: `checkpoint.safetensors`, and `history.jsonl
 A run that validates adds a line {"iteration": i, "validation_accuracy": a, "validation_ci95": c,
 "validation_steps": s} for each validation, and keeps the checkpoint of the best one as
 `best.safetensors`. Before that it writes the checkpoint too, so that the two belong together
-whenever the run is killed.
+whenever the run is killed. Under torchrun there is `launch.json` too, by which processes that it
+restarts know their run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 from maml_fast.checkpoint import CheckpointError, load_checkpoint
 from maml_fast.config import ConfigError, TrainConfig
 from maml_fast.kinds import make_run
-from maml_fast.progress import History, ProgressLine, cpu_threads, stop_on_signals
+from maml_fast.progress import History, NoHistory, ProgressLine, cpu_threads, stop_on_signals
+from maml_fast.ranks import LAUNCH, Ranks, joined
 from maml_fast.run import Run
 
 CHECKPOINT, BEST, HISTORY = "checkpoint.safetensors", "best.safetensors", "history.jsonl"
@@ -56,30 +58,59 @@ def train(
     SIGTERM end the run after the current iteration, with a checkpoint. `announce` is called before
     the first iteration, with what the run trains on, where there is something to say.
 
+    Processes started by torchrun share the tasks (see `maml_fast.ranks`): the same stream of tasks
+    and, to rounding, the same run as one process; for so many processes, the same bits each time.
+    The first alone writes and announces. Restarted by torchrun, they go on with their run from its
+    last checkpoint, whatever the flags.
+
     Raises:
         ConfigError: the folder holds a run and neither flag is set; or both are; or a field
             differs that no resumed run may change; or the device cannot be used.
         DataError: the data cannot be used.
         CheckpointError: the checkpoint to resume from cannot be used, or the best one is not that
             which it tells of.
+        RankError: another process has ended, or does not answer.
         NonFiniteError, DivergedError: a loss, or the parameters, became NaN or infinite.
         OSError: the folder cannot be written.
     """
-    checkpoint, best = config.output / CHECKPOINT, config.output / BEST
-    history = History(config.output / HISTORY)
     if resume and overwrite:
         raise ConfigError("resume and overwrite are both set; wanted is at most one of them")
-    if not (resume or overwrite):
-        _refuse_existing(checkpoint, best, history.path)
-    run = make_run(config)
+    with joined(config.device) as ranks:
+        return _train(config, ranks, resume, overwrite, announce if ranks.first else _nothing)
+
+
+def _nothing(line: str) -> None:
+    """What ranks announce that do not print."""
+
+
+def _train(
+    config: TrainConfig,
+    ranks: Ranks,
+    resume: bool,
+    overwrite: bool,
+    announce: Callable[[str], None],
+) -> TrainResult:
+    checkpoint, best = config.output / CHECKPOINT, config.output / BEST
+    history = (History if ranks.first else NoHistory)(config.output / HISTORY)
+    again = ranks.of_first(lambda: ranks.began(config.output))
+    if again and not resume:
+        resume = ranks.of_first(checkpoint.is_file)
+    elif not (resume or overwrite):
+        ranks.of_first(lambda: _refuse_existing(checkpoint, best, history.path))
+    run = make_run(config, ranks)
     if resume:
         run.restore(checkpoint)
-        if not _has_its_best(run, best):
+        if not ranks.of_first(lambda: _has_its_best(run, best)):
             run.save(best)
             announce(f"{best} was not there yet, and is written from {checkpoint}")
         history.keep_until(run.iteration)
     else:
-        _clear(checkpoint, best, history.path)
+        ranks.of_first(lambda: _clear(checkpoint, best, history.path, config.output / LAUNCH))
+    ranks.check_same("configuration and data", run.described())
+    if ranks.first:
+        ranks.mark(config.output)
+    if again:
+        announce(f"restarted by torchrun; going on after iteration {run.iteration}")
     if line := run.describe():
         announce(line)
 
@@ -91,9 +122,10 @@ def train(
         stop_on_signals() as stop,
         cpu_threads(config.threads),
         history,
-        ProgressLine(run.iteration, config.iterations) as progress,
+        ProgressLine(run.iteration, config.iterations, shown=ranks.first) as progress,
     ):
-        while run.iteration < config.iterations and not stop.signal:
+        stopped = ranks.watch(stop)
+        while run.iteration < config.iterations and not stopped():
             run.step()
             if run.iteration % config.log_every == 0:
                 history.append(run.iteration, loss=run.close_window(), **run.learned_rates())
@@ -110,7 +142,8 @@ def train(
                 progress.show(run.iteration, run.loss(), config.tasks)
         save()
         progress.show(run.iteration, run.loss(), config.tasks)
-    stopped_by = stop.signal if run.iteration < config.iterations else 0
+        ranks.wait()  # what the first has written is there for all
+    stopped_by = stopped() if run.iteration < config.iterations else 0
     found = run.best()
     return TrainResult(
         checkpoint, run.iteration, run.loss(), stopped_by, Best(best, *found) if found else None

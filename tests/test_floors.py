@@ -26,6 +26,7 @@ FLOORS = [
     {"check", "presets", "features"},
     {"models", "tasks"},
     {"config", "checkpoint", "measure"},
+    {"ranks"},
     {"config_sinusoid", "config_images", "progress", "run"},
     {"image_data", "evaluate", "evaluate_images"},
     {"run_sinusoid", "run_images"},
@@ -35,6 +36,7 @@ FLOORS = [
     {"plots_images", "cli_options"},
     {"cli_evaluate"},
     {"cli"},
+    {"__main__"},
 ]
 WITHIN = {"ops", "fast_weights", "backends", "tasks"}  # a folder's own files may import each other
 

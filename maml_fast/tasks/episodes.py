@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+EVERY = slice(None)  # task of a batch
+
 
 class Episodes(NamedTuple):
     """A batch of tasks in the order that `MAML` takes: `maml(*episodes)`.

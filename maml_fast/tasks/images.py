@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maml_fast.errors import DataError
-from maml_fast.tasks.episodes import Episodes, TaskStream, whole
+from maml_fast.tasks.episodes import EVERY, Episodes, TaskStream, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +143,10 @@ class ImageTasks(TaskStream):
         # A tensor: torch divides by a number on a GPU by multiplying with its rounded inverse.
         self._white = torch.tensor(255, dtype=dtype, device=self.device)
 
-    def sample(self, tasks: int, shots: int, query_shots: int) -> Episodes:
+    def sample(self, tasks: int, shots: int, query_shots: int, own: slice = EVERY) -> Episodes:
         """`tasks` new episodes of `shots` support and `query_shots` query images a class.
+
+        Of all that are drawn, only the pixels of the episodes in the slice `own` are fetched.
 
         Returns:
             support_x [T, N, C, H, W] in [0, 1] and support_y [T, N] int64, the rows class by class
@@ -154,7 +156,8 @@ class ImageTasks(TaskStream):
             ValueError: a size is not a whole number of at least 1.
             DataError: a class has fewer images than shots + query_shots.
         """
-        return self.episodes(self.draw(tasks, shots, query_shots))
+        drawn = self.draw(tasks, shots, query_shots)
+        return self.episodes(drawn if own == EVERY else Drawn(*(part[own] for part in drawn)))
 
     def draw(self, tasks: int, shots: int, query_shots: int) -> Drawn:
         """The first half of `sample`: only which images."""

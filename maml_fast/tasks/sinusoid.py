@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maml_fast.tasks.episodes import Episodes, TaskStream, whole
+from maml_fast.tasks.episodes import EVERY, Episodes, TaskStream, whole
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,13 @@ class SinusoidTasks(TaskStream):
         self.phase = _interval("phase", phase)
         self.x_range = _interval("x_range", x_range)
 
-    def sample(self, tasks: int = 25, shots: int = 10, query_shots: int = 10) -> Episodes:
-        """`tasks` new tasks with `shots` support rows and `query_shots` query rows each."""
+    def sample(
+        self, tasks: int = 25, shots: int = 10, query_shots: int = 10, own: slice = EVERY
+    ) -> Episodes:
+        """`tasks` new tasks with `shots` support rows and `query_shots` query rows each; of them
+        those of the slice `own` alone, while the stream moves on by all."""
         waves = self.waves(tasks)
-        return self.episodes(waves, shots, query_shots)
+        return self.episodes(waves, shots, query_shots, own)
 
     def waves(self, tasks: int) -> Waves:
         """`tasks` new curves, for a caller that also wants their amplitudes and phases."""
@@ -69,11 +72,16 @@ class SinusoidTasks(TaskStream):
             phase=self._uniform(self.phase, tasks, 1),
         )
 
-    def episodes(self, waves: Waves, shots: int = 10, query_shots: int = 10) -> Episodes:
-        """New support and query points on the given curves."""
+    def episodes(
+        self, waves: Waves, shots: int = 10, query_shots: int = 10, own: slice = EVERY
+    ) -> Episodes:
+        """New support and query points on the given curves, `own` as in `sample`."""
         tasks = len(waves.amplitude)
         support_x = self._uniform(self.x_range, tasks, whole("shots", shots, least=1))
         query_x = self._uniform(self.x_range, tasks, whole("query_shots", query_shots, least=1))
+        if own != EVERY:
+            waves = Waves(waves.amplitude[own], waves.phase[own])
+            support_x, query_x = support_x[own], query_x[own]
         return Episodes(support_x, waves(support_x), query_x, waves(query_x))
 
     def _uniform(self, interval: tuple[float, float], tasks: int, rows: int) -> Tensor:
