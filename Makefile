@@ -17,7 +17,7 @@ SANITIZE_TESTS := tests/test_cpu.py tests/test_cpu_norms.py tests/test_cpu_image
     tests/test_step_params.py tests/test_adapt.py tests/test_rates.py tests/test_meta_gradient.py
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_TESTS := $(addprefix tests/test_,$(addsuffix .py,gpu triton triton_layers attend matmul operations_triton losses_triton \
-    graphs compiled_caller gpu_graphs triton_trust gpu_images conv_triton norm_triton triton_images triton_family))
+    graphs compiled_caller gpu_graphs triton_trust captured gpu_images conv_triton norm_triton triton_images triton_family))
 # An installation is editable, so it is repeated only when the metadata or the C++ changes.
 INSTALLED_FROM := pyproject.toml constraints.txt $(shell find csrc -type f)
 

@@ -185,6 +185,7 @@ class MAML(Settings):
         query_y: Tensor,
         support_weight: Tensor | None = None,
         query_weight: Tensor | None = None,
+        check: bool = True,
     ) -> tuple[MetaStepResult, dict[str, Tensor]]:
         """The meta-step and its gradient at once, without a graph: `loss` cannot be differentiated.
 
@@ -192,16 +193,21 @@ class MAML(Settings):
         grad, and learnable rates) are returned by the names of `maml.named_parameters()`, and no
         `.grad` is touched. The same numbers as by `forward` and `loss.backward()`, without
         autograd's time for it, which counts where tasks are few. Raises as `forward` does.
+
+        check: False does not look at the result and at the classes, for which the host waits for a
+        GPU; so a step can be captured as a CUDA graph. What is not finite then shows in `loss` or
+        in the gradients, and `on_nonfinite` counts for nothing.
         """
         with torch.no_grad():
             batch = self._batch(
                 support_x, support_y, query_x, query_y, support_weight, query_weight
             )
-            planned, problem = self._prepare(batch, self.inner_steps, detached=False)
+            planned, problem = self._prepare(batch, self.inner_steps, detached=False, check=check)
+            plan = planned.plan
             if planned.learned or problem.rates.learning:
-                outcome, found, rates = self._run_with_gradients(planned.plan, problem, batch)
+                outcome, found, rates = self._run_with_gradients(plan, problem, batch, check)
             else:
-                outcome, found, rates = self._run(planned.plan, problem, batch, False), {}, []
+                outcome, found, rates = self._run(plan, problem, batch, False, check), {}, []
             loss = reduce(outcome.counted_losses, self.reduction)
         gradients = dict(zip(planned.own_names, found.values(), strict=True))
         for name in self._by_step:
@@ -214,7 +220,14 @@ class MAML(Settings):
         rest = outcome.task_losses, outcome.support_losses, outcome.query_outputs
         return MetaStepResult(loss, *rest, outcome.residuals, outcome.skipped), gradients
 
-    def _run(self, plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:
+    def _run(
+        self, plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool, check: bool = True
+    ) -> Outcome:
+        if check and batch.support_x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a meta-step looks at its result, which a CUDA graph cannot capture; call "
+                "value_and_grad(..., check=False), or leave capturing to MAML and its cuda_graphs"
+            )
         quick = plan.reads_memory and not torch.is_inference_mode_enabled()
         if quick:
             outcome = meta_step.run(plan, problem, batch, gradient)
@@ -223,6 +236,8 @@ class MAML(Settings):
         with using(self.model, plan), plain(batch.support_x.device):
             if not quick:
                 outcome = meta_step.run(plan, problem, batch, gradient)
+            if not check:
+                return outcome
             if plan.reads_memory and problem.loss == "cross_entropy" and not outcome.finite:
                 check_classes(batch, plan.output[-1])  # one that there is not makes the loss NaN
             if self.on_nonfinite == "raise":
@@ -233,10 +248,12 @@ class MAML(Settings):
                 warn_of(outcome.skipped, batch.tasks)
         return outcome
 
-    def _run_with_gradients(self, plan: Plan, problem: Problem, batch: TaskBatch) -> Found:
+    def _run_with_gradients(
+        self, plan: Plan, problem: Problem, batch: TaskBatch, check: bool = True
+    ) -> Found:
         """The gradients of parameters by name, then of `rates.learning()` and of the data where
         they require it, reduced over tasks."""
-        outcome = self._run(plan, problem, batch, gradient=True)
+        outcome = self._run(plan, problem, batch, True, check)
         found, by_rate = outcome.gradients, outcome.rate_gradients
         assert found is not None and by_rate is not None
         rest = self.rates.gather(by_rate) if self.rates.learning() else []
@@ -323,10 +340,11 @@ class MAML(Settings):
         return planned.plan
 
     def _prepare(
-        self, batch: TaskBatch, inner_steps: int, detached: bool = True
+        self, batch: TaskBatch, inner_steps: int, detached: bool = True, check: bool = True
     ) -> tuple[Planned, Problem]:
         """The checked call's plan, and its problem. Not `detached`: where the backend reads no more
-        than the parameters' memory, they are handed over as they are."""
+        than the parameters' memory, they are handed over as they are. check: the classes too, which
+        waits for the device, of a call that was right before."""
         self._check_options()
         wants, enabled = wants_inputs(batch), torch.is_grad_enabled()
         if wants and isinstance(self.meta_gradient, Reptile):
@@ -340,7 +358,8 @@ class MAML(Settings):
             planned = self._planner.recall(self._call(batch, asked, model, enabled))
             if planned is not None:
                 detached = detached or not planned.plan.reads_memory
-                if self.loss == "cross_entropy" and detached:  # else `_run` hears of it by the loss
+                # Where it is not detached `_run` hears of a wrong class by the loss.
+                if check and self.loss == "cross_entropy" and detached:
                     check_classes(batch, planned.outputs[1].shape[-1])
                 return planned, self._problem(inner_steps, planned, batch, detached)
         check_batch(batch, next(self.model.parameters(), None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maml_fast import MAML
+from maml_fast.captured import CapturedStep
 from maml_fast.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from maml_fast.config import ConfigError, TrainConfig
 from maml_fast.errors import NonFiniteError
@@ -30,6 +32,8 @@ class DivergedError(FloatingPointError):
 
 class Tasks(Protocol):
     """A seeded stream of tasks that a checkpoint can hold."""
+
+    generator: torch.Generator  # what it draws from
 
     def sample(self, tasks: int, shots: int, query_shots: int, own: slice) -> Episodes:
         """New tasks; of them those of the slice alone, while the stream moves on by all."""
@@ -76,34 +80,49 @@ class Run:
             backend=config.backend,
             inner_params=config.inner_params,
         )
-        self.optimizer = torch.optim.Adam([self.parameters.flat], lr=config.meta_lr, fused=True)
+        on_gpu = trained[0].is_cuda
+        self.optimizer = torch.optim.Adam(
+            [self.parameters.flat], lr=config.meta_lr, fused=True, capturable=on_gpu
+        )
+        names = {id(parameter): name for name, parameter in self.maml.named_parameters()}
+        self._names = [names[id(p)] for p in (*trained, *self.rates.values())]
         self.iteration = 0
         # The losses since the last line of the history, summed on the device: reading each would
         # make every iteration wait for a GPU.
         self._loss_sum = torch.zeros((), device=trained[0].device)
         self._losses = 0
         self._last_mean: float | None = None
+        # A rate that is learned is read by the host, and other ranks are waited for.
+        capturable = on_gpu and ranks.count == 1 and not self.rates
+        self._step = CapturedStep(self._work, [tasks.generator], capturable)
 
     def step(self) -> None:
         """One meta-step on new tasks, of which each rank takes its share."""
+        self._step()
+        self._losses += 1
+        self.iteration += 1
+
+    def _work(self, check: bool) -> None:
+        """What a step does on the device; `check` looks for what is not finite, and waits."""
         config, own = self.config, self.ranks.share(self.config.tasks)
         episodes = self.tasks.sample(config.tasks, config.shots, config.query_shots, own)
-        self.parameters.zero_grad()
+        if not check:  # a graph knows addresses, and keeps nothing alive
+            self._plan = self.maml.plan(episodes.support_x, episodes.query_x)
         count, loss = len(episodes.support_x), None
         if count:  # there may be fewer tasks than ranks
             try:
-                loss = self.maml(*episodes).loss
+                result, found = self.maml.value_and_grad(*episodes, check=check)
             except NonFiniteError as error:
                 raise self.ranks.explained(error, config.tasks) from None
-            loss.backward()
-            loss = loss.detach()
+            loss = result.loss
+            self.parameters.take_gradients([found[name] for name in self._names])
+        else:
+            self.parameters.zero_grad()
         loss = self.ranks.combine(self.parameters.gradient, loss, count)
         if self.config.clip_gradient:
             self.parameters.clip(self.config.clip_gradient)
         self.optimizer.step()
         self._loss_sum += loss
-        self._losses += 1
-        self.iteration += 1
 
     def validate(self) -> dict[str, float] | None:
         """Figures on held-out tasks for the history; None where they are not due."""
@@ -126,8 +145,18 @@ class Run:
         return self._loss_sum.item() / self._losses if self._losses else self._last_mean
 
     def close_window(self) -> float:
-        """The mean loss for a line of the history; the next line's losses begin after it."""
+        """The mean loss for a line of the history; the next line's losses begin after it.
+
+        Raises:
+            NonFiniteError: it is not finite, which a captured step does not notice earlier.
+        """
         self._last_mean = mean = self._loss_sum.item() / self._losses
+        if not math.isfinite(mean):
+            raise NonFiniteError(
+                f"a loss of the iterations up to {self.iteration} is not finite; the last "
+                "checkpoint is from before that",
+                [],
+            )
         self._loss_sum.zero_()
         self._losses = 0
         return mean
@@ -221,13 +250,19 @@ class FlatParameters:
         self.flat.grad = self._gradient
         sizes = [p.numel() for p in parameters]
         values, gradients = self.flat.data.split(sizes), self._gradient.split(sizes)
+        self._gradients: list[Tensor] = []
         for parameter, value, gradient in zip(parameters, values, gradients, strict=True):
             parameter.data = value.view_as(parameter)
             parameter.grad = gradient.view_as(parameter)
+            self._gradients.append(parameter.grad)
 
     def zero_grad(self) -> None:
         """Zero the gradients in place: set to None they would leave the flat tensor."""
         self._gradient.zero_()
+
+    def take_gradients(self, gradients: list[Tensor]) -> None:
+        """Copy the parameters' gradients, in their order, into the flat tensor."""
+        torch._foreach_copy_(self._gradients, gradients)
 
     def clip(self, limit: float) -> None:
         """Limit each component of the gradients to [-limit, limit]; NaN stays."""

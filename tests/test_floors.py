@@ -25,7 +25,7 @@ FLOORS = [
     {"maml"},
     {"check", "presets", "features"},
     {"models", "tasks"},
-    {"config", "checkpoint", "measure"},
+    {"config", "checkpoint", "measure", "captured"},
     {"ranks"},
     {"config_sinusoid", "config_images", "progress", "run"},
     {"image_data", "evaluate", "evaluate_images"},

@@ -70,12 +70,10 @@ class PreparedStep:
         raise NotImplementedError
 
     def run(self, problem: Problem, batch: TaskBatch) -> Outcome:
-        if batch.support_x.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a meta-step of backend 'triton' looks at its result, which a CUDA graph cannot "
-                "capture; MAML captures what is inside of it on its own"
-            )
         self.get_ready(problem)
+        if batch.support_x.is_cuda and torch.cuda.is_current_stream_capturing():
+            # What others capture is launched as it is, and its result not looked at.
+            return self._outcome(problem, self.launch(problem, batch), batch.tasks, look=False)
         if not self.tuned and self.triton.tunes and tuning.possible(batch.support_x):
             self.tuned = self.tune(problem, batch)
         results = self.graphs.run(
@@ -83,7 +81,9 @@ class PreparedStep:
         )
         return self._outcome(problem, Results(*results), batch.tasks)
 
-    def _outcome(self, problem: Problem, results: Results, tasks: int) -> Outcome:
+    def _outcome(
+        self, problem: Problem, results: Results, tasks: int, look: bool = True
+    ) -> Outcome:
         variant, numbers = self.variant, results.numbers
         like = [problem.parameters[name].detach() for name in variant.adapting]
         sizes = [tasks, tasks * variant.inner_steps, len(numbers)]
@@ -93,7 +93,7 @@ class PreparedStep:
             losses,
             support_losses.view(tasks, variant.inner_steps),
             results.outputs,
-            finite=True if results.total.isfinite().item() else None,
+            finite=True if look and results.total.isfinite().item() else None,
         )
         if variant.gradient:
             count = sum(tensor.numel() for tensor in like)

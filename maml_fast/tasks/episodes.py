@@ -32,6 +32,9 @@ class TaskStream:
         device: where the tasks are drawn and stay.
         dtype: a floating type.
 
+    Attributes:
+        generator: what the stream draws from.
+
     Raises:
         ValueError, TypeError: naming the argument, what was found and what is wanted.
     """
@@ -41,26 +44,26 @@ class TaskStream:
             raise TypeError(f"dtype is {dtype}; wanted is a floating type")
         self.device = torch.device(device)
         self.dtype = dtype
-        self._generator = torch.Generator(self.device)
+        self.generator = torch.Generator(self.device)
         if whole("seed", seed, least=0) >= 2**63:
             raise ValueError(f"seed is {seed}; wanted is a whole number below 2^63")
-        self._generator.manual_seed(seed)
+        self.generator.manual_seed(seed)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The generator's state: after `load_state_dict` the stream goes on from here."""
-        return {"generator": self._generator.get_state()}
+        return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue another stream; it must have been drawn on the same kind of device."""
         if set(state) != {"generator"}:
             raise ValueError(f"state has the keys {sorted(state)}; wanted is ['generator']")
-        found, own = state["generator"], self._generator.get_state()
+        found, own = state["generator"], self.generator.get_state()
         if found.dtype != own.dtype or found.shape != own.shape:
             raise ValueError(
                 f"state['generator'] is {found.dtype} {list(found.shape)}; wanted is {own.dtype} "
                 f"{list(own.shape)}, the state of a generator on {self.device.type}"
             )
-        self._generator.set_state(found)
+        self.generator.set_state(found)
 
 
 def whole(name: str, value: int, least: int, most: int | None = None) -> int:

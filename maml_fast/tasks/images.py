@@ -169,9 +169,9 @@ class ImageTasks(TaskStream):
                 f"shots + query_shots = {shots} + {query_shots} = {wanted}"
             )
         among = torch.tensor(self.classes, device=self.device)
-        classes = draw_distinct(among.expand(tasks), self.ways, self._generator)  # [ways, T]
+        classes = draw_distinct(among.expand(tasks), self.ways, self.generator)  # [ways, T]
         own = classes % len(self.data.names)
-        images = draw_distinct(self._counts[own], wanted, self._generator)  # [wanted, ways, T]
+        images = draw_distinct(self._counts[own], wanted, self.generator)  # [wanted, ways, T]
         images += self.data.starts[own]
         images = images.permute(2, 1, 0)
         return Drawn(classes.T.contiguous(), images[..., :shots], images[..., shots:])

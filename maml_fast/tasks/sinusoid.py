@@ -86,7 +86,7 @@ class SinusoidTasks(TaskStream):
 
     def _uniform(self, interval: tuple[float, float], tasks: int, rows: int) -> Tensor:
         empty = torch.empty(tasks, rows, 1, dtype=self.dtype, device=self.device)
-        return empty.uniform_(*interval, generator=self._generator)
+        return empty.uniform_(*interval, generator=self.generator)
 
 
 def _interval(name: str, interval: tuple[float, float]) -> tuple[float, float]:
