@@ -83,10 +83,11 @@ def main(case_name: str, name: str) -> Peak:
             measured.prepare(problem.first(FEW_TASKS)).run()
         step = measured.prepare(problem)
         gc.collect()
-        return _resident(step.run)
+        return resident(step.run)
 
 
-def _resident(run: Callable[[], Any]) -> Peak:
+def resident(run: Callable[[], Any]) -> Peak:
+    """Of one call in this process, which was started with ENVIRONMENT."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
