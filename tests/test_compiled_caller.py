@@ -64,6 +64,33 @@ def test_the_same_gradients_without_a_break(case, compiler):
     assert loss.item() == pytest.approx(3 * maml(*batch).loss.item(), rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # torch's
+def test_a_compiled_training_step_is_the_step(case):
+    """Gradients set to None, meta-step, backward, clipping and optimiser, several times over."""
+    maml, batch = case
+    twin = copy.deepcopy(maml)
+
+    def step_of(maml):
+        optimizer = torch.optim.Adam(maml.parameters(), lr=0.01)
+
+        def step(*batch):
+            optimizer.zero_grad()
+            loss = maml(*batch).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(maml.parameters(), 0.5)
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    compiled, plain = torch.compile(step_of(maml), backend="aot_eager"), step_of(twin)
+    for _ in range(3):
+        assert compiled(*batch).item() == pytest.approx(plain(*batch).item(), rel=1e-6)
+        found = {name: p.detach() for name, p in maml.named_parameters()}
+        wanted = {name: p.detach() for name, p in twin.named_parameters()}
+        assert_close(found, wanted, 1e-5)
+
+
 def test_modules_do_not_take_each_others_place(case):
     """A compiled function that is handed one module, its copy, and others later."""
     maml, batch = case
