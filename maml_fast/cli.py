@@ -173,7 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("maml-fast: interrupted; the last checkpoint stands", file=sys.stderr)
         return 130
     except (CycloptsError, ValueError, FloatingPointError, OSError) as error:
-        print(f"maml-fast: {label()}{' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        rank = "" if message.startswith("rank ") else label()
+        print(f"maml-fast: {rank}{message}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         refused = refused_bytes(error)

@@ -194,7 +194,9 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
+            # Of gloo's lines the middle: "[file:line] reason. advice"
+            reason = str(error).partition("\n")[0].partition(". ")[0].rpartition(".cc:")[2]
+            reason = reason.partition("] ")[2] or reason
             raise RankError(
                 f"{self}: another rank has ended, or did not answer in "
                 f"{PATIENCE.total_seconds():.0f} s; its own message says why ({reason})"
