@@ -29,6 +29,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message names the file and what is wrong with it."""
 
 
+class DamagedError(CheckpointError):
+    """There is no whole checkpoint at that place: the file is missing or damaged."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The state of a run after `iteration` meta-steps.
@@ -55,8 +59,9 @@ class Checkpoint:
         return found
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint; on any error what was at `path` before is still there.
+def save_checkpoint(path: Path, checkpoint: Checkpoint, previous: Path | None = None) -> None:
+    """Write the checkpoint; on any error what was at `path` before is still there. Else that is at
+    `previous` from then on, if given.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -76,26 +81,26 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         entry["data"] = checkpoint.data
     entry["digest"] = _digest(entry, tensors)
     data = safetensors.torch.save(tensors, {ENTRY: json.dumps(entry, sort_keys=True)})
-    write_atomically(path, data)
+    write_atomically(path, data, previous)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint, all of it, onto the CPU.
 
     Raises:
-        CheckpointError: there is none at `path`, or it is damaged, of another program or of a
-            newer format. The file is only read.
+        DamagedError: there is none at `path`, or it is damaged. The file is only read.
+        CheckpointError: it is of another program or of a newer format.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
+        raise DamagedError(f"{path}: no such checkpoint")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged, or no safetensors file ({error})") from None
+        raise DamagedError(f"{path}: damaged, or no safetensors file ({error})") from None
     if ENTRY not in metadata:
         raise CheckpointError(f"{path}: a safetensors file of another program, not a checkpoint")
     try:
@@ -108,9 +113,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
             )
         digest, config, iteration = entry.pop("digest"), entry["config"], entry["iteration"]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path}: damaged: its description cannot be read") from None
+        raise DamagedError(f"{path}: damaged: its description cannot be read") from None
     if digest != _digest(entry, tensors):
-        raise CheckpointError(f"{path}: damaged: its contents do not match its digest")
+        raise DamagedError(f"{path}: damaged: its contents do not match its digest")
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         group, _, name = key.partition("/")
@@ -118,18 +123,21 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(config, iteration, groups, entry.get("data", {}))
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file at `path` by `data`: after a crash it is the old one or the new, whole.
+def write_atomically(path: Path, data: bytes, previous: Path | None = None) -> None:
+    """Replace the file at `path` by `data`: after a crash it is the old one or the new, whole. The
+    old one is kept as `previous`, if that is given.
 
     Raises:
         OSError: naming `path`, where the file before still is.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            keep_as(path, previous)
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
@@ -143,6 +151,36 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(folder)  # the new name is on disk only with its folder
         finally:
             os.close(folder)
+
+
+def keep_as(path: Path, name: Path) -> None:
+    """Have the file at `path` at `name` too, instead of what is there; it is not written again,
+    but where the file system has no links.
+
+    Raises:
+        OSError: naming the file that could not be written.
+    """
+    temporary = _temporary(name)
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(path, temporary)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        write_atomically(name, path.read_bytes())
+        return
+    try:
+        os.replace(temporary, name)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(name)) from None
+    finally:
+        # If both were the same file already, `replace` does nothing, and leaves this name.
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """Where a writer that is killed leaves its work: `run_files.RunFiles.sweep` knows the form."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _digest(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

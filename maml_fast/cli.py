@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -14,6 +15,7 @@ try:
 
     from maml_fast.cli_evaluate import evaluate
     from maml_fast.cli_options import Begin, option_sources
+    from maml_fast.cli_report import report
     from maml_fast.config import TrainConfig
     from maml_fast.config_images import FolderConfig, OmniglotConfig
     from maml_fast.config_sinusoid import SinusoidConfig
@@ -22,7 +24,7 @@ try:
     from maml_fast.train import train
 except ModuleNotFoundError as error:
     missing = (error.name or "").partition(".")[0]
-    if missing not in ("cyclopts", "rich", "safetensors"):
+    if missing not in ("cyclopts", "rich", "safetensors", "filelock"):
         raise
     print(f'maml-fast: {missing} is missing; try: pip install "maml_fast[train]"', file=sys.stderr)
     raise SystemExit(2) from None
@@ -48,6 +50,7 @@ app = App(
 train_app = App(name="train", help="Meta-train a model.")
 app.command(train_app)
 app.command(evaluate)
+app.command(report)
 
 
 @app.command
@@ -93,7 +96,7 @@ def train_sinusoid(
 
     With --method cavia they are the CAVIA paper's (Zintgraf et al. 2019).
 
-    Ctrl-C saves a checkpoint and stops.
+    Ctrl-C, or SIGTERM, saves a checkpoint and stops; --resume goes on to the same bits.
     """
     return _train(config, begin)
 
@@ -110,8 +113,8 @@ def train_omniglot(
     With more shots there are as many query drawings. The loss is the mean over a task's rows, so
     that the original code's rates 0.4 (5 ways) and 0.1 (20 ways) are both 2.0 here.
 
-    Validation, with the best checkpoint kept, is on held-out characters. Ctrl-C saves a checkpoint
-    and stops.
+    Validation, with the best checkpoint kept, is on held-out characters. Ctrl-C, or
+    SIGTERM, saves a checkpoint and stops; --resume goes on to the same bits.
     """
     return _train(config, begin)
 
@@ -128,8 +131,8 @@ def train_images(
     are 2 tasks. The loss is the mean over a task's rows, so that the original code's rate 0.01 is
     0.01 ways here, 0.05, and its limit of 10 for the gradient is 10 shots / (query shots * ways).
 
-    Validation, with the best checkpoint kept, is on held-out classes. Ctrl-C saves a checkpoint
-    and stops.
+    Validation, with the best checkpoint kept, is on held-out classes. Ctrl-C, or
+    SIGTERM, saves a checkpoint and stops; --resume goes on to the same bits.
     """
     return _train(config, begin)
 
@@ -139,18 +142,24 @@ def _train(config: TrainConfig, begin: Begin) -> int:
         config,
         resume=begin.resume,
         overwrite=begin.overwrite,
-        announce=lambda line: print(line, file=sys.stderr),
+        previous=begin.previous,
+        announce=(lambda line: None) if config.quiet else lambda line: print(line, file=sys.stderr),
     )
+    # SIGTERM is how a scheduler asks, and done as asked is no failure. Ctrl-C is told as shells
+    # report a process ended by that signal.
+    status = 0 if result.stopped_by in (0, signal.SIGTERM) else 128 + result.stopped_by
     if label():  # the first rank says it
-        return 128 + result.stopped_by if result.stopped_by else 0
+        return status
     where = shlex.quote(str(result.checkpoint))
+    if result.skipped:
+        print(f"skipped {result.skipped:,} tasks whose loss or gradient was not finite")
     if result.stopped_by:
         folder = shlex.quote(str(config.output))
         print(
             f"stopped after iteration {result.iteration} of {config.iterations}, saved in {where}"
         )
         print(f"go on with: maml-fast train {config.kind} --resume --output {folder}")
-        return 128 + result.stopped_by  # as shells report a process ended by that signal
+        return status
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     print(f"trained {result.iteration} iterations{loss}, saved in {where}")
     if result.best is not None:

@@ -14,7 +14,7 @@ from maml_fast.checkpoint import load_checkpoint
 from maml_fast.config import ConfigError, TrainConfig, kind_of
 from maml_fast.config_sinusoid import Method
 from maml_fast.kinds import KINDS
-from maml_fast.train import CHECKPOINT
+from maml_fast.run_files import RunFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,14 @@ class Begin:
         config_file: TOML file with any of these options as keys, as in `inner_steps = 5`; flags
             beat it.
         resume: Go on with the run in the output folder, with its options.
+        previous: With --resume, go on from the checkpoint before the newest one, as where that is
+            damaged.
         overwrite: Delete the run in the output folder.
     """
 
     config_file: Annotated[Path | None, Parameter(name="--config")] = None
     resume: Annotated[bool, Parameter(negative=())] = False
+    previous: Annotated[bool, Parameter(negative=())] = False
     overwrite: Annotated[bool, Parameter(negative=())] = False
 
 
@@ -57,8 +60,10 @@ def option_sources(app: App, commands: tuple[str, ...], arguments: ArgumentColle
     if by_name["--resume"].tokens:
         tokens = by_name["--output"].tokens
         output = tokens[0].value if tokens else str(_default(kind, "output"))
-        path = Path(output) / CHECKPOINT
-        found, values = kind_of(load_checkpoint(path).config)
+        files = RunFiles(Path(output))
+        path = files.previous if by_name["--previous"].tokens else files.checkpoint
+        with files.telling_of_previous():
+            found, values = kind_of(load_checkpoint(path).config)
         if found != kind.kind:
             raise ConfigError(
                 f"{path}: a run of kind {found!r}; resume it with: maml-fast train {found} --resume"

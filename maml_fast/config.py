@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_
 import torch
 
 Backend = Literal["auto", "triton", "cpu", "torch", "functional", "reference"]
+OnNonfinite = Literal["raise", "skip", "warn"]
 
 FIRST_KIND = "sinusoid"  # of checkpoints that name none: once there was no other
 
@@ -38,6 +39,11 @@ class TrainConfig:
         meta_lr: Learning rate of Adam.
         clip_gradient: Largest absolute value of a component of the meta-gradient, whose loss is
             a mean over rows and tasks; 0 leaves clipping out.
+        clip_norm: Largest Euclidean norm of the whole meta-gradient, which is scaled down to it,
+            behind clip_gradient; 0 leaves that out.
+        on_nonfinite: What becomes of a task whose loss or gradient is NaN or infinite: raise ends
+            the run; skip leaves the task out of its meta-step, whose mean is over the others, and
+            counts it in the history; warn does that and warns. If all tasks are so, the run ends.
         seed: Seed of the initial weights and of the tasks.
         backend: What computes the meta-step.
         device: Torch device to train on.
@@ -45,6 +51,9 @@ class TrainConfig:
         checkpoint_every: Iterations between checkpoints.
         log_every: Iterations that one line of the loss history covers.
         output: Folder of the run's files.
+        tensorboard: Write the figures as TensorBoard event files too, in the folder tensorboard of
+            the output folder.
+        quiet: No progress bar and no announcements; what the command prints at its end stays.
 
     Raises:
         ConfigError: naming the field, what was found and what is wanted.
@@ -57,8 +66,9 @@ class TrainConfig:
     )
     changeable: ClassVar[tuple[str, ...]] = (
         *("iterations", "threads", "checkpoint_every", "log_every", "output"),
+        *("tensorboard", "quiet", "on_nonfinite"),
     )
-    flags: ClassVar[tuple[str, ...]] = ("first_order", "learn_inner_lr")
+    flags: ClassVar[tuple[str, ...]] = ("first_order", "learn_inner_lr", "tensorboard", "quiet")
     # The fields that `recipe` looks at
     recipe_for: ClassVar[tuple[str, ...]] = ()
 
@@ -72,6 +82,8 @@ class TrainConfig:
     learn_inner_lr: bool = False
     meta_lr: float = 1e-3
     clip_gradient: float = 0.0
+    clip_norm: float = 0.0
+    on_nonfinite: OnNonfinite = "raise"
     seed: int = 0
     backend: Backend = "auto"
     device: str = "cpu"
@@ -79,6 +91,8 @@ class TrainConfig:
     checkpoint_every: int = 5_000
     log_every: int = 100
     output: Path
+    tensorboard: bool = False
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         check_whole("iterations", self.iterations, least=0)
@@ -95,6 +109,8 @@ class TrainConfig:
         check_rate("inner_lr", self.inner_lr, positive=False)  # 0 is the pretraining baseline
         check_rate("meta_lr", self.meta_lr, positive=True)
         check_rate("clip_gradient", self.clip_gradient, positive=False)
+        check_rate("clip_norm", self.clip_norm, positive=False)
+        check_one_of("on_nonfinite", self.on_nonfinite, get_args(OnNonfinite))
         check_one_of("backend", self.backend, get_args(Backend))
         if not isinstance(self.output, Path):
             raise ConfigError(f"output is {self.output!r}; wanted is a path")

@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TextIO
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -20,15 +21,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from maml_fast.checkpoint import write_atomically
 
 
+class HistoryLine(NamedTuple):
+    """A line of a history, as it is written and as it is read."""
+
+    text: str
+    figures: dict[str, Any]
+
+
 class History:
     """The figures of a run as JSON lines: {"iteration": 100, "loss": 3.2}."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
 
     def __enter__(self) -> History:
-        self._file = self.path.open("a", encoding="utf-8")
+        # Unbuffered: what could not be written is told by the write, and not again by the closing.
+        self._file = FileIO(self.path, "a")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -36,16 +45,19 @@ class History:
             self._file.close()
 
     def append(self, iteration: int, **figures: float) -> None:
-        """Add a line."""
+        """Add a line. Raises an OSError naming the file where the disk is full."""
         if self._file is None:
             raise RuntimeError("History.append() is called outside of its with block")
-        self._file.write(json.dumps({"iteration": iteration, **figures}) + "\n")
-        self._file.flush()
+        rest = (json.dumps({"iteration": iteration, **figures}) + "\n").encode()
+        with naming(self.path):
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
     def sync(self) -> None:
         """Have every line on disk."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with naming(self.path):
+                os.fsync(self._file.fileno())
 
     def keep_until(self, iteration: int) -> None:
         """Drop the lines after `iteration`, which a resumed run writes again, and a torn last one.
@@ -53,15 +65,8 @@ class History:
         Raises:
             ValueError: a line in between is not of this format.
         """
-        kept = []
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                if json.loads(line)["iteration"] <= iteration:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                if number < len(lines):
-                    raise ValueError(f"{self.path}: line {number} is no loss record") from None
+        found = read_history(self.path)
+        kept = [f"{line.text}\n" for line in found if line.figures["iteration"] <= iteration]
         write_atomically(self.path, "".join(kept).encode())
 
 
@@ -78,10 +83,40 @@ class NoHistory(History):
         """Nothing."""
 
 
+def read_history(path: Path) -> list[HistoryLine]:
+    """The lines of a history, but for a torn last one; none where the file is missing.
+
+    Raises:
+        ValueError: a line in between is not of this format.
+    """
+    found = []
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            figures = json.loads(line)
+            if not isinstance(figures["iteration"], int):
+                raise TypeError
+            found.append(HistoryLine(line.decode(), figures))
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is no loss record") from None
+    return found
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within, an OSError names `path`: a full disk does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 class ProgressLine:
     """A progress bar with loss, speed and a note on stderr, drawn twice a second by the loop.
 
     Rich's own refresh thread would take the interpreter lock from a loop of short iterations.
+    Where stderr is no terminal it is one line at the end, of text alone; not `shown` it is none.
     """
 
     INTERVAL = 0.5  # seconds
@@ -101,6 +136,7 @@ class ProgressLine:
             "", total=total, completed=done, loss="-", speed="-", note=""
         )
         self._shown, self._shown_at = done, 0.0
+        self._notes: dict[str, str] = {}
 
     def __enter__(self) -> ProgressLine:
         self._bar.start()
@@ -119,9 +155,10 @@ class ProgressLine:
         """Whether the bar is old enough to draw again."""
         return time.perf_counter() - self._shown_at >= self.INTERVAL
 
-    def note(self, text: str) -> None:
-        """Show this after the speed from the next drawing on."""
-        self._bar.update(self._task, note=f"  {text}")
+    def note(self, what: str, text: str) -> None:
+        """Show "what text" after the speed from the next drawing on, beside notes of others."""
+        self._notes[what] = f"  {what} {text}"
+        self._bar.update(self._task, note="".join(self._notes.values()))
 
     def show(self, iteration: int, loss: float | None, tasks: int) -> None:
         """Draw the state after `iteration`; `tasks` is the number of tasks per iteration."""

@@ -98,18 +98,22 @@ class Ranks:
             return EVERY
         return slice(self.rank * tasks // self.count, (self.rank + 1) * tasks // self.count)
 
-    def combine(self, gradient: Tensor, loss: Tensor | None, tasks: int) -> Tensor:
-        """The mean loss of all ranks' tasks; in place, the gradient becomes that of it.
+    def combine(self, gradient: Tensor, loss: Tensor | None, tasks: int) -> tuple[Tensor, int]:
+        """The mean loss of all ranks' tasks, and their number; in place, the gradient becomes that
+        of it.
 
         The one collective of an iteration. It also tells whether a rank was asked to stop: then
         all stop after this iteration.
 
         gradient: [P + EXTRA], of this rank's mean loss, and room for what else is told.
         loss: this rank's mean loss, over so many `tasks`; None where it has none.
+
+        Raises:
+            NonFiniteError: there is no task, as all were left out.
         """
         if self.count == 1:
             assert loss is not None
-            return loss
+            return loss, tasks
         own, rest = gradient[:-EXTRA], gradient[-EXTRA:]
         own.mul_(tasks)
         rest.zero_()
@@ -123,8 +127,10 @@ class Ranks:
         total, stop = rest[1:].tolist()
         if stop:
             self._agreed = (self._asked.signal if self._asked else 0) or signal.SIGTERM
+        if not total:
+            raise NonFiniteError(f"{self}: a loss or gradient of every task is not finite", [])
         own.div_(total)
-        return rest[0] / total
+        return rest[0] / total, int(total)
 
     def watch(self, stop: Stop) -> Callable[[], int]:
         """What says by which signal all ranks are to stop, or 0; `stop` asks this one.

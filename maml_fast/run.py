@@ -79,6 +79,7 @@ class Run:
             first_order=config.first_order,
             backend=config.backend,
             inner_params=config.inner_params,
+            on_nonfinite=config.on_nonfinite,
         )
         on_gpu = trained[0].is_cuda
         self.optimizer = torch.optim.Adam(
@@ -92,8 +93,12 @@ class Run:
         self._loss_sum = torch.zeros((), device=trained[0].device)
         self._losses = 0
         self._last_mean: float | None = None
-        # A rate that is learned is read by the host, and other ranks are waited for.
-        capturable = on_gpu and ranks.count == 1 and not self.rates
+        # Tasks left out, since the last line of the history and in the whole run
+        self._skipped, self.skipped = 0, 0
+        # A rate that is learned is read by the host, other ranks are waited for, and so is whether
+        # a task is to be left out.
+        raises = config.on_nonfinite == "raise"
+        capturable = on_gpu and ranks.count == 1 and not self.rates and raises
         self._step = CapturedStep(self._work, [tasks.generator], capturable)
 
     def step(self) -> None:
@@ -113,14 +118,23 @@ class Run:
             try:
                 result, found = self.maml.value_and_grad(*episodes, check=check)
             except NonFiniteError as error:
-                raise self.ranks.explained(error, config.tasks) from None
-            loss = result.loss
-            self.parameters.take_gradients([found[name] for name in self._names])
-        else:
+                if config.on_nonfinite == "raise" or self.ranks.count == 1:
+                    raise self.ranks.explained(error, config.tasks) from None
+                count = 0  # other ranks may have better tasks
+            else:
+                loss = result.loss
+                self.parameters.take_gradients([found[name] for name in self._names])
+                if result.skipped is not None:
+                    count -= len(result.skipped)
+        if not count:
             self.parameters.zero_grad()
-        loss = self.ranks.combine(self.parameters.gradient, loss, count)
+        loss, counted = self.ranks.combine(self.parameters.gradient, loss, count)
+        self._skipped += config.tasks - counted
+        self.skipped += config.tasks - counted
         if self.config.clip_gradient:
             self.parameters.clip(self.config.clip_gradient)
+        if self.config.clip_norm:
+            self.parameters.clip_norm(self.config.clip_norm)
         self.optimizer.step()
         self._loss_sum += loss
 
@@ -144,8 +158,9 @@ class Run:
         """Mean loss since the last line of the history; right after one, that line's."""
         return self._loss_sum.item() / self._losses if self._losses else self._last_mean
 
-    def close_window(self) -> float:
-        """The mean loss for a line of the history; the next line's losses begin after it.
+    def close_window(self) -> dict[str, float]:
+        """The mean loss for a line of the history, and the number of tasks left out where some may
+        be; the next line's begin after it.
 
         Raises:
             NonFiniteError: it is not finite, which a captured step does not notice earlier.
@@ -157,16 +172,20 @@ class Run:
                 "checkpoint is from before that",
                 [],
             )
+        figures: dict[str, float] = {"loss": mean}
+        if self.config.on_nonfinite != "raise":
+            figures["skipped_tasks"] = self._skipped
         self._loss_sum.zero_()
-        self._losses = 0
-        return mean
+        self._losses = self._skipped = 0
+        return figures
 
     def learned_rates(self) -> dict[str, float]:
         """The rates that are learned, by name."""
         return {name: rate.item() for name, rate in self.rates.items()}
 
-    def save(self, path: Path) -> None:
-        """Write a checkpoint, unless its parameters would not be finite. All ranks call it."""
+    def save(self, path: Path, previous: Path | None = None) -> None:
+        """Write a checkpoint, unless its parameters would not be finite; the one that was at `path`
+        is kept as `previous`, if that is given. All ranks call it."""
         if not bool(self.parameters.flat.isfinite().all()):
             raise DivergedError(f"parameters are not finite at iteration {self.iteration}")
         if self.ranks.count > 1:
@@ -177,7 +196,7 @@ class Run:
         checkpoint = Checkpoint(
             self.config.to_dict(), self.iteration, self._groups(), self._identity()
         )
-        save_checkpoint(path, checkpoint)
+        save_checkpoint(path, checkpoint, previous)
 
     def restore(self, path: Path) -> None:
         """Continue the run whose checkpoint is at `path`."""
@@ -189,6 +208,9 @@ class Run:
                 f"{checkpoint.iteration}"
             )
         own = self._groups()
+        own.pop("skipped", None)
+        if "skipped" in checkpoint.groups:  # not in one of a run that raises, nor in old ones
+            own["skipped"] = self._skipped_group()
         if checkpoint.iteration > 0:
             own["optimizer"] = _adam_state(self.parameters.flat)
         try:
@@ -212,15 +234,24 @@ class Run:
         self.optimizer.load_state_dict(state | {"state": {0: dict(found["optimizer"])}})
         self._loss_sum.copy_(found["window"]["loss_sum"])
         self._losses = int(found["window"]["losses"])
+        if "skipped" in found:
+            self._skipped = int(found["skipped"]["window"])
+            self.skipped = int(found["skipped"]["run"])
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:
-        return {
+        groups = {
             "model": self.model.state_dict(),
             "rates": {name: rate.detach() for name, rate in self.rates.items()},
             "optimizer": dict(self.optimizer.state[self.parameters.flat]),
             "tasks": self.tasks.state_dict(),
             "window": {"loss_sum": self._loss_sum, "losses": torch.tensor(self._losses)},
         }
+        if self.skipped or self.config.on_nonfinite != "raise":
+            groups["skipped"] = self._skipped_group()
+        return groups
+
+    def _skipped_group(self) -> dict[str, Tensor]:
+        return {"window": torch.tensor(self._skipped), "run": torch.tensor(self.skipped)}
 
     def described(self) -> bytes:
         """What ranks must have in common: configuration, data, and where the run stands."""
@@ -267,6 +298,12 @@ class FlatParameters:
     def clip(self, limit: float) -> None:
         """Limit each component of the gradients to [-limit, limit]; NaN stays."""
         self._gradient.clamp_(-limit, limit)
+
+    def clip_norm(self, limit: float) -> None:
+        """Scale the gradients to a norm of at most `limit`, all together; NaN stays. The same as
+        torch.nn.utils.clip_grad_norm_, its 1e-6 included; no wait for a GPU."""
+        norm = torch.linalg.vector_norm(self._gradient)
+        self._gradient.mul_((limit / (norm + 1e-6)).clamp_(max=1.0))
 
 
 def read_config(kind: type[C], checkpoint: Checkpoint, path: Path) -> C:

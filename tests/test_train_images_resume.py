@@ -180,10 +180,10 @@ def test_a_run_killed_while_it_writes_its_best_goes_on_to_the_same_bits(
     train(wanted)
     save = ImageRun.save
 
-    def kill(run, path):
+    def kill(run, path, previous=None):
         if run.iteration == 4 and path.stem == file:
             raise Killed
-        save(run, path)
+        save(run, path, previous)
 
     parts = dataclasses.replace(wanted, output=tmp_path / "parts")
     with monkeypatch.context() as patch:
@@ -236,6 +236,9 @@ def test_overwriting_removes_the_best_checkpoint_too(config):
     train(config)
     train(dataclasses.replace(config, iterations=1), overwrite=True)
     assert sorted(path.name for path in config.output.iterdir()) == [
+        "checkpoint.previous.safetensors",  # of iteration 0
         "checkpoint.safetensors",
         "history.jsonl",
+        "run.lock",
+        "starts.jsonl",
     ]
