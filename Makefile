@@ -24,10 +24,10 @@ INSTALLED_FROM := pyproject.toml constraints.txt $(shell find csrc -type f)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installations into one environment would disturb each other
-.PHONY: help demo test sanitize kernels bench gpu lint format clean check-python
+.PHONY: help demo test sanitize kernels bench gpu lint docs docs-serve format clean check-python
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON) (3.11 to 3.13), VENV=$(VENV), ITERATIONS=$(ITERATIONS) (demo), ARGS (test, bench)"
 
@@ -81,12 +81,20 @@ lint: $(VENV)/.installed-dev ## Check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# Of the environment that lint uses, so that neither builds the C++ anew for the other.
+docs: $(VENV)/.installed-dev ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+docs-serve: $(VENV)/.installed-dev ## Show the documentation while it is written
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 format: $(VENV)/.installed-dev ## Format the code and apply the safe fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean: ## Remove what was built and cached, and install anew next time; keeps runs/ and the environment
-	rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks $(VENV)/.installed-*
+	rm -rf build dist site .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks $(VENV)/.installed-*
 	find maml_fast kernels tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.installed-%: $(INSTALLED_FROM) | $(BIN)/pip check-python

@@ -217,6 +217,13 @@ def _timed(maml: MAML, problem: Problem, weights: Weights) -> float:
 
 
 def show(rows: list[Row], console: Console) -> None:
+    for table in tables(rows):
+        console.print(table)
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """A table a case."""
+    found = []
     for case in dict.fromkeys(row.case for row in rows):
         table = Table(title=named(case).title)
         for name in ("variant", "backend", "time", "x MAML", "loop, foretold", "float64 error"):
@@ -231,7 +238,8 @@ def show(rows: list[Row], console: Console) -> None:
                     seconds(row.loop),
                     f"{row.error:.0e}",
                 )
-        console.print(table)
+        found.append(table)
+    return found
 
 
 def main(arguments: list[str]) -> int:

@@ -91,9 +91,9 @@ def show(results: Results, console: Console) -> None:
         )
     console.print(EXPLAINED + on + "\n")
     for case in results.cases:
-        console.print(_case(results, case))
-    console.print(_summary(results))
-    console.print(_goals(results))
+        console.print(case_table(results, case))
+    console.print(summary(results))
+    console.print(goals(results))
 
 
 def _gpu(gpu: dict[str, Any]) -> str:
@@ -113,7 +113,7 @@ def _gpu(gpu: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _case(results: Results, name: str) -> Table:
+def case_table(results: Results, name: str) -> Table:
     title = next((case.title for case in CASES if case.name == name), name)
     held_to = results.references.get(name, "nothing: none was run")
     caption = f"held to: {held_to}"
@@ -190,7 +190,7 @@ def _cells(results: Results, row: Row, columns: Columns) -> list[str]:
     ]
 
 
-def _summary(results: Results) -> Table:
+def summary(results: Results) -> Table:
     table = Table(title="The fastest of ours against the fastest peer", title_justify="left")
     for column in ("case", "ours", "", "peer", "", "speed", ""):
         table.add_column(column)
@@ -207,7 +207,7 @@ def _summary(results: Results) -> Table:
     return table
 
 
-def _goals(results: Results) -> Table:
+def goals(results: Results) -> Table:
     table = Table(title="Peak memory, ours as a share of a peer's", title_justify="left")
     for column in ("case", "ours", "", "peer", "", "share", "goal", ""):
         table.add_column(column)

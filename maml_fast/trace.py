@@ -60,6 +60,24 @@ class _Tracer(fx.Tracer):
         return known or super().is_leaf_module(m, module_qualified_name)
 
 
+def register(kind: type[Operation]) -> None:
+    """Make an operation without weights known to the planner, from outside of the package.
+
+    It runs on backend "torch"; the compiled ones know it if its `native` name is one of theirs.
+    Plans that were made before do not change. Raises TypeError for what is no Operation, and
+    ValueError where one of its modules or calls has an operation already.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Operation)):
+        raise TypeError(f"kind is {kind!r}; wanted is a class derived from maml_fast.ops.Operation")
+    taken = [*(MODULES.keys() & kind.modules.keys()), *(CALLS.keys() & kind.calls.keys())]
+    if taken:
+        names = sorted(getattr(thing, "__name__", str(thing)) for thing in taken)
+        raise ValueError(f"{kind.__name__} stands for {', '.join(names)}, which is planned already")
+    OPERATIONS.append(kind)
+    MODULES.update(kind.modules)
+    CALLS.update(kind.calls)
+
+
 def trace(model: nn.Module) -> Chain:
     """The chain of operations that `model` computes from its first argument."""
     chain = Chain()

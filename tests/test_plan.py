@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from maml_fast import MAML, UnsupportedModelError, cpu_cost, outer
+from maml_fast import MAML, UnsupportedModelError, cpu_cost, ops, outer
 from maml_fast.cost import LayerUse, dense_cost, factored_cost
 from maml_fast.inner import SGD
 from maml_fast.plan import CPU_PASS_BYTES
-from maml_fast.trace import trace
+from maml_fast.trace import register, trace
 from tests.networks import IN_DOUBLE as BACKENDS
 from tests.networks import Draw, assert_close, by_graph, gradients
 
@@ -379,3 +379,17 @@ def test_more_inner_loops_than_one_are_told(draw):
         maml = MAML(draw.mlp((3, 5, 2)), "mse", meta_gradient=reptile, inner_optimizer=rule)
         plan = maml.plan(batch.support_x, batch.query_x)
         assert ("Reptile by first-order inner loops" in str(plan)) == told
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        (nn.ReLU, TypeError, "wanted is a class derived from maml_fast.ops.Operation"),
+        (ops.Tanh, ValueError, "Tanh stands for Tanh, tanh, .*which is planned already"),
+    ],
+)
+def test_what_cannot_be_registered_is_refused(kind, error, message):
+    before = list(ops.OPERATIONS)
+    with pytest.raises(error, match=message):
+        register(kind)
+    assert before == ops.OPERATIONS
