@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 
+#include "binding_profile.h"
 #include "cpu_features.h"
 #include "prepared.h"
 
@@ -164,8 +165,8 @@ struct Builder {
 // and its bias's, empty for what does not adapt.
 constexpr std::size_t OF_DATA = 23, OF_LAYER = 11;
 
-bool run(Prepared& prepared, std::int64_t tasks, const std::vector<Address>& addresses,
-         const std::vector<std::pair<Rates, Rates>>& rates, int threads) {
+bool run_with(Prepared& prepared, std::int64_t tasks, const std::vector<Address>& addresses,
+              const std::vector<std::pair<Rates, Rates>>& rates, int threads, Profile* profile) {
     const std::size_t layers = prepared.layers_with_parameters();
     if (addresses.size() != OF_DATA + OF_LAYER * layers || rates.size() != layers)
         throw std::invalid_argument("addresses or rates do not fit the number of layers with parameters");
@@ -204,7 +205,17 @@ bool run(Prepared& prepared, std::int64_t tasks, const std::vector<Address>& add
         }
     };
     const nb::gil_scoped_release released;
-    return prepared.run(fill, data, threads);
+    return prepared.run(fill, data, threads, profile);
+}
+bool run(Prepared& prepared, std::int64_t tasks, const std::vector<Address>& addresses,
+         const std::vector<std::pair<Rates, Rates>>& rates, int threads) {
+    return run_with(prepared, tasks, addresses, rates, threads, nullptr);
+}
+
+nb::tuple measure(Prepared& prepared, std::int64_t tasks, const std::vector<Address>& addresses,
+                  const std::vector<std::pair<Rates, Rates>>& rates, int threads) {
+    return measured(prepared,
+                    [&](Profile* profile) { return run_with(prepared, tasks, addresses, rates, threads, profile); });
 }
 
 nb::dict sizes(const Prepared& prepared, std::int64_t tasks) {
@@ -283,5 +294,8 @@ NB_MODULE(_cpu, m) {
         .def("prepare", &Builder::prepare, nb::arg("instruction_set"), nb::arg("doubles"));
     nb::class_<Prepared>(m, "Prepared")
         .def("sizes", &sizes, nb::arg("tasks"))
-        .def("run", &run, nb::arg("tasks"), nb::arg("addresses"), nb::arg("rates"), nb::arg("threads"));
+        .def("run", &run, nb::arg("tasks"), nb::arg("addresses"), nb::arg("rates"), nb::arg("threads"))
+        .def("measure", &measure, nb::arg("tasks"), nb::arg("addresses"), nb::arg("rates"), nb::arg("threads"),
+             "`run`, and where its time went.")
+        .def("parts", &parts, "What `measure` tells apart: data, loss, start, workspace, then the stages of the chain.");
 }

@@ -16,6 +16,7 @@ class Chain : public FlatStages<T, Lanes> {
     using Base_::edges;
     using Base_::fast;
     using Base_::goes_below;
+    using Base_::parts;
     using Base_::prelude;
     using Base_::prelude_edges;
     using Base_::program;
@@ -47,8 +48,8 @@ class Chain : public FlatStages<T, Lanes> {
     void allocate(Arena& arena) {
         for (const auto& stage : stages) fast_at.push_back({dynamic_cast<FastStage<T>*>(stage.get())});
         kept_ = keeps_steps() ? S : smaller<Index>(S, 1);
-        fuse(prelude);
-        fuse(stages);
+        fuse(prelude, true);
+        fuse(stages, false);
         allocate_prelude(arena);
         allocate_values(arena);
         if (goes_below) allocate_below(arena);
@@ -57,25 +58,34 @@ class Chain : public FlatStages<T, Lanes> {
             allocate_tangents(arena);
             allocate_t_cotangents(arena);
         }
-        for (const auto& stage : stages) stage->allocate(arena, kept_);
+        for (Index i = 0; i < last(); ++i) {
+            arena.charge(parts.at(parts.stage(i)).own);
+            stages[i]->allocate(arena, kept_);
+        }
+        arena.charge(parts.at(LOSS).values);
         allocate_loss(arena);
         if (program.exports) {
+            arena.charge(parts.at(DATA).own);
             Index longest = 0;
             for (const Fast& stage : fast) longest = larger(longest, stage.layer->I);
             row = arena.template take<T>(longest * Lanes::unit);
         }
+        arena.charge(parts.at(WORKSPACE).own);
         this->workspace.allocate(arena);
     }
+    // What is taken now is of the values behind so many stages.
+    void charge(Arena& arena, bool prelude, Index stages) { arena.charge(parts.behind(prelude, stages).values); }
 
     // A ReLU that works in place is done by the layers beside it. A norm works in place unless an activation reads what it
     // would overwrite, or the steps share it.
-    static void fuse(const Stages& stages) {
+    void fuse(const Stages& stages, bool prelude) {
         const Index count = static_cast<Index>(stages.size());
         for (Index i = 1; i < count; ++i) {
             auto* relu = dynamic_cast<Pointwise<T, Relu<T>>*>(stages[i].get());
             if (!relu || !stays_in_place(stages, i)) continue;
             if (auto* before = gated_at(stages, i - 1)) before->relu_behind = relu->forward_is_done = true;
             if (auto* behind = gated_at(stages, i + 1)) behind->relu_before = relu->backward_is_done = true;
+            parts.at(prelude ? parts.prelude(i) : parts.stage(i)).elsewhere = relu->forward_is_done || relu->backward_is_done;
         }
         for (Index i = 0; i < count; ++i)
             if (auto* norm = dynamic_cast<NormStage<T, Lanes>*>(stages[i].get())) {
@@ -85,9 +95,15 @@ class Chain : public FlatStages<T, Lanes> {
     }
 
     void allocate_prelude(Arena& arena) {
-        for (Index e = static_cast<Index>(prelude.size()); e >= 0; --e)
+        const Index end = static_cast<Index>(prelude.size());
+        for (Index e = end; e >= 0; --e) {
+            charge(arena, true, e);
             prelude_edges[e].value = e > 0 && stays_in_place(prelude, e) ? prelude_edges[e + 1].value : both(arena, prelude_edges[e]);
-        for (const auto& stage : prelude) stage->allocate(arena, 1);
+        }
+        for (Index i = 0; i < end; ++i) {
+            arena.charge(parts.at(parts.prelude(i)).own);
+            prelude[i]->allocate(arena, 1);
+        }
     }
 
     // Of the support and the query.
@@ -123,6 +139,7 @@ class Chain : public FlatStages<T, Lanes> {
         const Edge<T>& data = prelude_edges.back();
         for (Index e = last(); e > 0; --e) {
             Edge<T>& edge = edges[e];
+            charge(arena, false, e);
             if (stays_in_place(stages, e))
                 edge.value = edges[e + 1].value;
             else
@@ -142,9 +159,11 @@ class Chain : public FlatStages<T, Lanes> {
         const Index end = static_cast<Index>(prelude_edges.size()), begin = program.inputs ? 0 : smaller(this->lowest + 1, end - 1);
         for (Index e = begin; e < end; ++e) {
             const auto* pointwise = pointwise_at(prelude, e - 1);
+            charge(arena, true, e);
             const bool in_place = e > begin && pointwise && !pointwise->traits().curved;
             prelude_edges[e].cotangent = in_place ? prelude_edges[e - 1].cotangent : both(arena, prelude_edges[e]);
         }
+        charge(arena, false, 0);
         edges[0].cotangent = edges[0].t_cotangent = passing(arena, edges[0]);
         edges[0].cotangent.push_back(prelude_edges.back().cotangent[1]);
         if (second_order()) edges[0].tangent = passing(arena, edges[0]);
@@ -153,6 +172,7 @@ class Chain : public FlatStages<T, Lanes> {
         for (Index e = 1; e <= last(); ++e) {
             Edge<T>& edge = edges[e];
             const auto* pointwise = pointwise_at(stages, e - 1);
+            charge(arena, false, e);
             if (is_factored(e - 1)) {
                 edge.cotangent = history(arena, edge, false);
                 // D_q stands behind the steps' t_D
@@ -176,6 +196,7 @@ class Chain : public FlatStages<T, Lanes> {
         for (Index e = last(); e > 0; --e) {
             Edge<T>& edge = edges[e];
             const auto* pointwise = pointwise_at(stages, e);
+            charge(arena, false, e);
             if (pointwise && !pointwise->traits().curved)
                 edge.tangent = edges[e + 1].tangent;
             else
@@ -186,6 +207,7 @@ class Chain : public FlatStages<T, Lanes> {
         for (Index e = 1; e <= last(); ++e) {
             Edge<T>& edge = edges[e];
             if (is_factored(e - 1)) continue;  // done, with D_q
+            charge(arena, false, e);
             if (pointwise_at(stages, e - 1) && e > 1)
                 edge.t_cotangent = edges[e - 1].t_cotangent;
             else

@@ -9,6 +9,18 @@ double seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+std::uint64_t ticks() {
+#if defined(__x86_64__) || defined(__i386__)
+    return __builtin_ia32_rdtsc();
+#elif defined(__aarch64__)
+    std::uint64_t now;
+    __asm__ volatile("mrs %0, cntvct_el0" : "=r"(now));
+    return now;
+#else
+    return static_cast<std::uint64_t>(seconds() * 1e9);
+#endif
+}
+
 const std::vector<const Engine*>& engines() {
     static const std::vector<const Engine*> found = [] {
         const Engine* const built[] = {

@@ -103,6 +103,7 @@ class Arena {
         if (base_) ASAN_POISON_MEMORY_REGION(base_ + used_, GAP);
         used_ += GAP;
 #endif
+        if (account_) *account_ += used_ - at;
         return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
     }
     template <class T>
@@ -111,9 +112,12 @@ class Arena {
         return {take<T>(features * by_feature), by_feature, features, columns};
     }
     Index used() const { return used_; }
+    // What is taken from here on is added up there too.
+    void charge(Index& account) { account_ = &account; }
 
    private:
     char* base_;
+    Index* account_ = nullptr;
     Index used_ = 0;
 };
 

@@ -22,12 +22,14 @@ class Prepared {
     // `fill` puts this call's pointers and rates into the layers. Safe from several threads: one runs, others wait. In the child
     // of a fork it begins with new memory and threads. Returns whether all losses and gradients are finite.
     template <class Fill>
-    bool run(const Fill& fill, const TaskData& data, int threads) {
+    bool run(const Fill& fill, const TaskData& data, int threads, Profile* profile = nullptr) {
         if (age_.load() != Pool::process_age()) start_anew();
         const std::lock_guard<std::mutex> lock(*running_);
         fill(program_->layers);
-        return session_->run(data, Pool::of_process(), threads);
+        return session_->run(data, Pool::of_process(), threads, profile);
     }
+    std::int64_t parts() const { return session_->parts(); }
+    StageProfile part(std::int64_t i) const { return session_->part(i); }
 
     std::size_t layers_with_parameters() const {
         std::size_t count = 0;

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "profile.h"
+
 namespace maml_fast {
 
 enum class Kind { linear, pointwise, merge_rows, split_rows, conv, norm, max_pool, average_pool, rearrange };
@@ -150,8 +152,11 @@ class Session {
    public:
     virtual ~Session() = default;
     virtual Sizes sizes(std::int64_t tasks) const = 0;
-    // Whether all losses and gradients are finite. Throws std::bad_alloc.
-    virtual bool run(const TaskData& data, Pool& pool, int threads) = 0;
+    // Whether all losses and gradients are finite. Throws std::bad_alloc. `profile`: is filled; null: nothing is measured.
+    virtual bool run(const TaskData& data, Pool& pool, int threads, Profile* profile) = 0;
+    // What is measured, the parts of `Beside` first.
+    virtual std::int64_t parts() const = 0;
+    virtual StageProfile part(std::int64_t i) const = 0;
 };
 
 // What is compiled once for each instruction set.

@@ -10,6 +10,7 @@
 #include <new>
 
 #include "learning.h"
+#include "meter.h"
 #include "pool.h"
 
 namespace maml_fast::MAML_FAST_ISA {
@@ -29,6 +30,7 @@ class ProgramSession final : public Session {
     struct Worker {
         Block memory;
         std::unique_ptr<TileOf> tile;
+        Meter meter;
     };
 
     // Pieces of gradients among those of all layers: the weight's and what lies behind, and two more, the bias and what does.
@@ -40,6 +42,7 @@ class ProgramSession final : public Session {
     struct Job {
         ProgramSession* self;
         const TaskData* data;
+        Profile* profile;
         Index chunks, tiles;
         std::atomic<Index> next{0}, next_piece{0};
         std::atomic<bool> failed{false}, finite{true};
@@ -63,48 +66,75 @@ class ProgramSession final : public Session {
         return found;
     }
 
-    bool run(const TaskData& data, Pool& pool, int threads) override {
+    std::int64_t parts() const override { return blueprint_->parts().count(); }
+    StageProfile part(std::int64_t i) const override { return blueprint_->parts().at(i); }
+
+    bool run(const TaskData& data, Pool& pool, int threads, Profile* profile) override {
+        const std::uint64_t begin = profile ? ticks() : 0;
         Job job;
         job.self = this;
         job.data = &data;
+        job.profile = profile;
         job.tiles = ceil_div(data.tasks, TileOf::most_tasks);
         job.chunks = sizes(data.tasks).chunks;
         if (program_.gradient) partials_.fit(job.chunks * partial_bytes());
         // All threads or one: OpenMP ends those that are left out, and torch would have to start them again.
         pool.run(job.chunks > 1 ? threads : 1, [](void* context) { take_chunks(*static_cast<Job*>(context)); }, &job);
+        const std::uint64_t done = profile ? ticks() : 0;
         if (!job.failed && program_.gradient) add_up(job, pool, threads);
         tidy();
         if (job.failed) throw std::bad_alloc();
-        return job.finite && finite_results(data);
+        const bool all_finite = job.finite && finite_results(data);
+        if (profile) {
+            profile->tiles = done - begin;
+            profile->sums = ticks() - done;
+        }
+        return all_finite;
     }
 
    private:
     static void take_chunks(Job& job) {
         ProgramSession& self = *job.self;
         Index chunk = job.next.fetch_add(1);
+        const std::uint64_t begin = job.profile ? ticks() : 0;
+        if (job.profile) self.count_thread(*job.profile);
         if (chunk >= job.chunks) return;
         try {
             std::unique_ptr<Worker> worker = self.borrow();
+            Meter* const meter = job.profile ? &worker->meter : nullptr;
+            worker->tile->measure(meter);
+            if (meter) meter->begin(worker->tile->parts().count(), begin);
             worker->tile->begin_call();
-            for (; chunk < job.chunks; chunk = job.next.fetch_add(1)) self.run_chunk(job, chunk, *worker->tile);
+            for (; chunk < job.chunks; chunk = job.next.fetch_add(1)) self.run_chunk(job, chunk, *worker->tile, meter);
+            if (meter) self.collect(*meter, *job.profile);
             self.give_back(std::move(worker));
         } catch (const std::bad_alloc&) {
             job.failed = true;
         }
     }
 
-    void run_chunk(const Job& job, Index chunk, TileOf& tile) {
+    void run_chunk(const Job& job, Index chunk, TileOf& tile, Meter* meter) {
         Partial<T> sums{nullptr, nullptr};
         if (program_.gradient) {
             // Of gradients by the data alone there are no sums, and no memory for them.
             if (partials_.p) std::memset(partials_.p + chunk * partial_bytes(), 0, static_cast<std::size_t>(partial_bytes()));
             sums = partial(chunk);
         }
+        if (meter) meter->lap(START, OUTSIDE);
         const Index end = (chunk + 1) * job.tiles / job.chunks;
         for (Index i = chunk * job.tiles / job.chunks; i < end; ++i) {
             const Index first = i * TileOf::most_tasks;
             tile.run(*job.data, first, smaller(TileOf::most_tasks, job.data->tasks - first), sums);
         }
+    }
+
+    void count_thread(Profile& profile) {
+        const std::lock_guard<std::mutex> lock(keeping_);
+        ++profile.threads;
+    }
+    void collect(Meter& meter, Profile& profile) {
+        const std::lock_guard<std::mutex> lock(keeping_);
+        meter.add_to(profile.cells);
     }
 
     // ---- partial sums: doubles of the rates first, then numbers

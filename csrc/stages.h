@@ -7,6 +7,7 @@
 #include "factored_input.h"
 #include "factored_weights.h"
 #include "fast_norm.h"
+#include "meter.h"
 #include "ops/batch_norm.h"
 #include "ops/group_norm.h"
 #include "ops/pointwise.h"
@@ -22,7 +23,11 @@ class FlatStages {
         : program(program), S(program.steps), goes_below(program.goes_below()), turns(program.turns()) {
         const Index columns = Lanes::columns(program.rows), query_columns = Lanes::columns(program.query_rows);
         bool adapts = false;
-        for (const Layer& layer : program.layers) (layer.prelude ? prelude : stages).push_back(new_stage(layer, adapts));
+        Index at = 0;
+        for (const Layer& layer : program.layers) {
+            (layer.prelude ? prelude : stages).push_back(new_stage(layer, adapts));
+            parts.add(layer.prelude, at++, 1);
+        }
         if (still.empty() && !program.inputs) lowest = static_cast<Index>(prelude.size());
         prelude_edges.resize(prelude.size() + 1);
         edges.resize(stages.size() + 1);
@@ -35,9 +40,11 @@ class FlatStages {
     using Stages = std::vector<std::unique_ptr<Stage<T>>>;
     struct Fast {
         FastStage<T>* layer;
+        Index stage = 0;  // its place among the stages
     };
     struct Still {
         LearningStage<T>* layer;
+        Index stage = 0;  // of the prelude
     };
 
     const Program& program;
@@ -50,6 +57,7 @@ class FlatStages {
     Index lowest = 0;          // and the first of it that cotangents reach
     std::vector<Edge<T>> prelude_edges, edges;
     Workspace<T> workspace;
+    Parts parts;
 
    private:
     std::unique_ptr<Stage<T>> new_stage(const Layer& layer, bool& adapts) {
@@ -75,7 +83,7 @@ class FlatStages {
         else
             made = new FactoredLinear<T, Lanes>(layer, program, false, workspace);
         adapts = true;
-        fast.push_back({made});
+        fast.push_back({made, static_cast<Index>(stages.size())});
         return made;
     }
     Stage<T>* new_norm(const Layer& layer, bool& adapts) {
@@ -89,7 +97,7 @@ class FlatStages {
         // Where anything below has a gradient, what enters has a tangent of zeros.
         auto* made = new FastNorm<T, Lanes, Rules>(layer, program, !adapts && !goes_below);
         adapts = true;
-        fast.push_back({made});
+        fast.push_back({made, static_cast<Index>(stages.size())});
         return made;
     }
 
@@ -98,7 +106,7 @@ class FlatStages {
     template <class S>
     S* learning(S* made) {
         if (is_lowest()) lowest = static_cast<Index>(prelude.size());
-        still.push_back({made});
+        still.push_back({made, static_cast<Index>(prelude.size())});
         return made;
     }
 

@@ -27,18 +27,30 @@ class Tile {
         for (const Fast& stage : chain_.fast) stage.layer->begin_call();
     }
 
+    // The clock of the thread whose tile it is; null: nothing is measured.
+    void measure(Meter* meter) { meter_ = meter; }
+
     // Tasks first .. first + count - 1; adds what they give to `sums`.
     void run(const TaskData& data, Index first, Index count, const Partial<T>& sums) {
         load(data, first, count);
-        for (const auto& stage : chain_.prelude)
-            for (Index pass : {0, 1}) stage->forward(pass);
-        for (const Fast& stage : chain_.fast) stage.layer->begin_tile();
+        lap(DATA, OUTSIDE);
+        for (std::size_t i = 0; i < chain_.prelude.size(); ++i)
+            for (Index pass : {0, 1}) {
+                chain_.prelude[i]->forward(pass);
+                lap(parts().prelude(i), pass ? QUERY : INNER);
+            }
+        for (const Fast& stage : chain_.fast) {
+            stage.layer->begin_tile();
+            lap(parts().stage(stage.stage), INNER);
+        }
         adapt(data, first, count);
         query(data, first, count);
         export_adapted(first, count);
+        lap(DATA, OUTSIDE);
         if (program_.gradient) pull_back(data, first, count, sums);
     }
 
+    const Parts& parts() const { return chain_.parts; }
     const std::vector<Place>& places() const { return places_; }
     Index sum_numbers() const { return sum_numbers_; }
     bool replays() const { return false; }
@@ -126,39 +138,61 @@ class Tile {
 
     // ---- the meta-step
 
-    void forward(Index k) {
-        for (const auto& stage : chain_.stages) stage->forward(k);
+    // What came since the last lap was this part's.
+    void lap(Index part, Phase phase) {
+        if (meter_) meter_->lap(part, phase);
     }
-    void backward(Index k) {
-        for (Index i = chain_.last() - 1; i >= 0; --i) chain_.stages[i]->backward(k);
+    void forward(Index k, Phase phase) {
+        for (Index i = 0; i < chain_.last(); ++i) {
+            chain_.stages[i]->forward(k);
+            lap(parts().stage(i), phase);
+        }
+    }
+    void backward(Index k, Phase phase) {
+        for (Index i = chain_.last() - 1; i >= 0; --i) {
+            chain_.stages[i]->backward(k);
+            lap(parts().stage(i), phase);
+        }
     }
 
     void adapt(const TaskData& data, Index first, Index count) {
         for (Index k = 0; k < S; ++k) {
-            forward(k);
+            forward(k, INNER);
             const Vec<T> losses = chain_.loss->value(chain_.passes[k]);
             put_losses(losses, static_cast<T*>(data.support_losses) + first * S + k, S, count);
-            backward(k);
-            for (const Fast& stage : chain_.fast) stage.layer->descend(k);
+            lap(LOSS, INNER);
+            backward(k, INNER);
+            for (const Fast& stage : chain_.fast) {
+                stage.layer->descend(k);
+                lap(parts().stage(stage.stage), INNER);
+            }
         }
     }
 
     void query(const TaskData& data, Index first, Index count) {
-        forward(S);
+        forward(S, QUERY);
         store_rows(chain_.edges.back().value[S], data.query_outputs, first, count, program_.query_rows);
+        lap(DATA, OUTSIDE);
         if (!data.query_y.p) return;
         put_losses(chain_.loss->value(chain_.passes[S]), static_cast<T*>(data.task_losses) + first, 1, count);
+        lap(LOSS, QUERY);
     }
 
     void pull_back(const TaskData& data, Index first, Index count, const Partial<T>& sums) {
         if (chain_.fast.empty() && !chain_.goes_below) return;
-        backward(S);
-        for (const Fast& stage : chain_.fast) stage.layer->begin_adjoint();
+        backward(S, QUERY);
+        for (const Fast& stage : chain_.fast) {
+            stage.layer->begin_adjoint();
+            lap(parts().stage(stage.stage), QUERY);
+        }
         if (chain_.goes_below) clear(chain_.prelude_edges.back().cotangent[0]);
         for (Index k = S - 1; k >= 0; --k) {
             add_rate_gradients(k, sums);
             if (chain_.turns)
-                for (const Fast& stage : chain_.fast) stage.layer->turn(k);
+                for (const Fast& stage : chain_.fast) {
+                    stage.layer->turn(k);
+                    lap(parts().stage(stage.stage), ADJOINT);
+                }
             if (chain_.second_order() && !chain_.fast.empty()) hessian_product(k);
         }
         if (chain_.goes_below) go_below();
@@ -167,35 +201,55 @@ class Tile {
             layer->add_gradient(sums.numbers + place->weight, sums.numbers + place->bias);
             ++place;
         };
-        for (const Fast& stage : chain_.fast) add_gradient(stage.layer);
-        for (const Still& stage : chain_.still) add_gradient(stage.layer);
+        for (const Fast& stage : chain_.fast) {
+            add_gradient(stage.layer);
+            lap(parts().stage(stage.stage), ADJOINT);
+        }
+        for (const Still& stage : chain_.still) {
+            add_gradient(stage.layer);
+            lap(parts().prelude(stage.stage), ADJOINT);
+        }
         if (program_.inputs) store_by_inputs(data, first, count);
+        lap(DATA, OUTSIDE);
     }
 
     // Back through what runs once, as far as there is a gradient to have.
     void go_below() {
         const Index first_pass = program_.inputs || program_.reaches_support() ? 0 : 1;
         for (Index i = static_cast<Index>(chain_.prelude.size()) - 1; i >= chain_.lowest; --i)
-            for (Index pass = first_pass; pass < 2; ++pass) chain_.prelude[i]->backward(pass);
+            for (Index pass = first_pass; pass < 2; ++pass) {
+                chain_.prelude[i]->backward(pass);
+                lap(parts().prelude(i), ADJOINT);
+            }
     }
 
     void add_rate_gradients(Index k, const Partial<T>& sums) {
         for (std::size_t i = 0; i < chain_.fast.size(); ++i) {
             FastStage<T>* layer = chain_.fast[i].layer;
-            if (layer->layer.learns_rates) layer->add_rate_gradients(k, places_[i].rates(sums, sums.rates + 2 * S * i, k, S));
+            if (!layer->layer.learns_rates) continue;
+            layer->add_rate_gradients(k, places_[i].rates(sums, sums.rates + 2 * S * i, k, S));
+            lap(parts().stage(chain_.fast[i].stage), ADJOINT);
         }
     }
 
     void hessian_product(Index k) {
         if (chain_.goes_below) clear(chain_.edges[0].tangent[k]);
-        for (const auto& stage : chain_.stages) stage->tangent(k);
+        for (Index i = 0; i < chain_.last(); ++i) {
+            chain_.stages[i]->tangent(k);
+            lap(parts().stage(i), ADJOINT);
+        }
         const Edge<T>& out = chain_.edges.back();
         chain_.loss->tangent(chain_.passes[k], out.tangent[k], out.t_cotangent[k]);
+        lap(LOSS, ADJOINT);
         for (Index i = chain_.last() - 1; i >= 0; --i) {
             chain_.stages[i]->tangent_backward(k);
             if (FastStage<T>* layer = chain_.fast_at[i].layer) layer->pull_back(k);
+            lap(parts().stage(i), ADJOINT);
         }
-        if (chain_.goes_below) add_to(chain_.prelude_edges.back().cotangent[0], chain_.edges[0].t_cotangent[k]);
+        if (chain_.goes_below) {
+            add_to(chain_.prelude_edges.back().cotangent[0], chain_.edges[0].t_cotangent[k]);
+            lap(DATA, ADJOINT);
+        }
     }
 
     // ---- gradients by the data
@@ -229,6 +283,7 @@ class Tile {
     const Index S;
     std::vector<Place> places_;
     Index sum_numbers_ = 0;
+    Meter* meter_ = nullptr;
 };
 
 }  // namespace maml_fast::MAML_FAST_ISA

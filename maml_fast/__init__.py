@@ -13,6 +13,8 @@ from maml_fast.errors import (
 )
 from maml_fast.maml import MAML
 from maml_fast.plan import Plan
+from maml_fast.profile import profile
+from maml_fast.profiled import Profile
 from maml_fast.rates import PositiveRate
 from maml_fast.results import AdaptedModels, MetaStepResult, Trajectory
 
@@ -28,6 +30,7 @@ __all__ = [
     "NonFiniteWarning",
     "Plan",
     "PositiveRate",
+    "Profile",
     "Trajectory",
     "UnavailableBackendError",
     "UnsupportedModelError",
@@ -35,4 +38,5 @@ __all__ = [
     "inner",
     "outer",
     "presets",
+    "profile",
 ]

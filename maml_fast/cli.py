@@ -15,6 +15,7 @@ try:
 
     from maml_fast.cli_evaluate import evaluate
     from maml_fast.cli_options import Begin, option_sources
+    from maml_fast.cli_profile import profile_app
     from maml_fast.cli_report import report
     from maml_fast.config import TrainConfig
     from maml_fast.config_images import FolderConfig, OmniglotConfig
@@ -50,6 +51,7 @@ app = App(
 train_app = App(name="train", help="Meta-train a model.")
 app.command(train_app)
 app.command(evaluate)
+app.command(profile_app)
 app.command(report)
 
 

@@ -37,11 +37,12 @@ class Begin:
 
 
 def option_sources(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Fill in what no flag sets: from --config, then with --resume from the run's checkpoint, then
-    what the paper does with so many ways and shots (and query images), or with the method."""
+    """Fill in what no flag sets: from --config, then with --resume from the run's checkpoint, or
+    of a profile from --checkpoint; then what the paper does with so many ways and shots (and query
+    images), or with the method."""
     for argument in arguments:
         _refuse_fractions(argument)
-    if commands[:1] != ("train",) or commands[-1] not in KINDS:
+    if commands[:1] not in (("train",), ("profile",)) or commands[-1] not in KINDS:
         return
     by_name = {argument.name: argument for argument in arguments}
     kind = KINDS[commands[-1]].config
@@ -54,20 +55,21 @@ def option_sources(app: App, commands: tuple[str, ...], arguments: ArgumentColle
         values = {name: value for name, value in values.items() if value not in (None, [])}
         Dict(values, source=source, use_commands_as_keys=False)(app, commands, arguments)
 
-    if by_name["--config"].tokens:
+    if commands[0] == "profile" and (tokens := by_name["--checkpoint"].tokens):
+        path = Path(tokens[0].value)
+        values = _of_kind(kind, path, "profile it with: maml-fast profile {} --checkpoint")
+        values.pop("data", None)  # which need not be there any more
+        fill(values, source=str(path))
+    if commands[0] == "train" and by_name["--config"].tokens:
         path = Path(by_name["--config"].tokens[0].value)
         fill(_read_toml(path) | by_flag, source=str(path))
-    if by_name["--resume"].tokens:
+    if commands[0] == "train" and by_name["--resume"].tokens:
         tokens = by_name["--output"].tokens
         output = tokens[0].value if tokens else str(_default(kind, "output"))
         files = RunFiles(Path(output))
         path = files.previous if by_name["--previous"].tokens else files.checkpoint
         with files.telling_of_previous():
-            found, values = kind_of(load_checkpoint(path).config)
-        if found != kind.kind:
-            raise ConfigError(
-                f"{path}: a run of kind {found!r}; resume it with: maml-fast train {found} --resume"
-            )
+            values = _of_kind(kind, path, "resume it with: maml-fast train {} --resume")
         for name, value in by_flag.items():
             if value != (had := values.get(name, _default(kind, name))):
                 raise ConfigError(f"{name} is {value!r}, but the run to resume has {had!r}")
@@ -76,6 +78,14 @@ def option_sources(app: App, commands: tuple[str, ...], arguments: ArgumentColle
     chosen = {name: _chosen(flag, kind, name) for name, flag in flags.items()}
     if all(chosen.values()):  # else the configuration will complain
         fill(kind.recipe(chosen), source="the paper's settings")
+
+
+def _of_kind(kind: type[TrainConfig], path: Path, instead: str) -> dict[str, Any]:
+    """The options in a checkpoint, which must be of a run of this kind."""
+    found, values = kind_of(load_checkpoint(path).config)
+    if found != kind.kind:
+        raise ConfigError(f"{path}: a run of kind {found!r}; {instead.format(found)}")
+    return values
 
 
 def _default(kind: type[TrainConfig], name: str) -> Any:

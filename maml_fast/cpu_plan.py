@@ -211,12 +211,25 @@ def prepare(
         nesterov=rule.nesterov,
         weight_decay=rule.weight_decay,
     )
-    for layer in parts.above:
+    for number in engine_layers(parts.above, plan):
+        layer = parts.above[number]
         if isinstance(layer.link.op, Weighted):
             _add_weighted(builder, layer, variant)
         else:
             _add(builder, layer, images=plan.layout == IMAGES)
     return builder.prepare(plan.instruction_set, shapes.dtype == torch.float64)
+
+
+def engine_layers(layers: Sequence[LayerPlan], plan: CpuPlan) -> list[int]:
+    """The places of those that the engine has: flat rows keep their order in a rearrangement."""
+    merging = (MergeRows, SplitRows)
+    return [
+        i
+        for i, layer in enumerate(layers)
+        if plan.layout == IMAGES
+        or not isinstance(layer.link.op, Rearrange)
+        or isinstance(layer.link.op, merging)
+    ]
 
 
 def _add_weighted(builder: Any, layer: LayerPlan, variant: Variant) -> None:
@@ -265,8 +278,7 @@ def _add(builder: Any, layer: LayerPlan, images: bool) -> None:
     elif isinstance(op, SplitRows):
         builder.rearrange(shape=[*op.positions, *layer.features], prelude=prelude)
     elif isinstance(op, Rearrange):
-        if images:  # elsewhere it keeps the order of a row's features
-            builder.rearrange(shape=list(op.out_features(layer.features)), prelude=prelude)
+        builder.rearrange(shape=list(op.out_features(layer.features)), prelude=prelude)
     elif isinstance(op, MaxPool):
         builder.max_pool(prelude=prelude)
     elif isinstance(op, AveragePool):

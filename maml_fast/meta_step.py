@@ -23,6 +23,7 @@ from maml_fast.ops import BatchNorm
 from maml_fast.outer import Reptile
 from maml_fast.plan import PLANNED, Plan
 from maml_fast.problem import AdaptedTasks, Outcome, Problem, Stepper, TaskBatch, fold_steps
+from maml_fast.recorder import ADJOINT, ALL_LAYERS, BETWEEN, INNER, QUERY, during, measured
 from maml_fast.rows import blank_inputs, has_gaps, in_groups, spread
 
 
@@ -151,8 +152,11 @@ def _run_chunk(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -
     above = problem.with_values_of_all_steps().above(plan.moving, wants_inputs)
     if not plan.body:
         return _chosen(problem, _run_pass(plan, above, _less_mean(plan, batch), gradient))
-    body = Body(plan.body, problem)
-    (support_x, kept), (query_x, kept_query) = map(body.forward, (batch.support_x, batch.query_x))
+    body = Body(plan.body, problem, plan.recorder)
+    with during(plan.recorder, INNER):
+        support_x, kept = body.forward(batch.support_x)
+    with during(plan.recorder, QUERY):
+        query_x, kept_query = body.forward(batch.query_x)
     rows = batch._replace(support_x=support_x, query_x=query_x)
     outcome = _run_pass(plan, above, _less_mean(plan, rows), gradient)
     if not gradient:
@@ -162,10 +166,11 @@ def _run_chunk(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -
     found = dict(outcome.gradients)
     by_support, by_query = outcome.input_gradients
     wanted = problem.wants_inputs
-    by_query_x = body.backward(kept_query, by_query, found, wanted)
     by_support_x = None
-    if wanted or (problem.inner_steps and not problem.first_order):
-        by_support_x = body.backward(kept, by_support, found, wanted)
+    with during(plan.recorder, ADJOINT):
+        by_query_x = body.backward(kept_query, by_query, found, wanted)
+        if wanted or (problem.inner_steps and not problem.first_order):
+            by_support_x = body.backward(kept, by_support, found, wanted)
     outcome.gradients, outcome.finite = found, None  # the body's were not looked at
     outcome.input_gradients = (by_support_x, by_query_x) if wanted else None  # type: ignore[assignment]
     return _chosen(problem, outcome)
@@ -277,7 +282,7 @@ def _adapt(plan: Plan, problem: Problem, batch: TaskBatch) -> AdaptedTasks:
 
 def _run_pass(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:
     if plan.backend == "reference":
-        return reference.meta_step(problem, batch, gradient)
+        return reference.meta_step(problem, batch, gradient, plan.recorder)
     if plan.backend in ("cpu", "triton") and problem.step_weights:
         return lengths.losses_of_steps(partial(_run_pass, plan), problem, batch, gradient)
     if plan.backend == "cpu":
@@ -285,7 +290,8 @@ def _run_pass(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) ->
     if plan.backend == "triton":
         return triton.meta_step(problem, batch, plan, gradient)
     stepper = _stepper(plan, problem, batch, gradient)
-    return stepping.drive(stepper, problem, gradient)
+    rest = BETWEEN if plan.backend == "torch" else ALL_LAYERS
+    return stepping.drive(measured(stepper, plan.recorder, rest), problem, gradient)
 
 
 def _stepper(plan: Plan, problem: Problem, batch: TaskBatch, gradient: bool) -> Stepper:

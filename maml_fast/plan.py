@@ -22,6 +22,7 @@ from maml_fast.layers import Asked, LayerPlan, Layers, Shapes, centred_by, plan_
 from maml_fast.ops import BatchNorm, Weighted
 from maml_fast.ops.norm import runs_on_statistics
 from maml_fast.outer import Reptile
+from maml_fast.recorder import Recorder
 from maml_fast.refusals import batching_refusals
 
 BACKENDS = ("auto", "triton", "cpu", "torch", "functional", "reference")
@@ -59,6 +60,8 @@ class Plan:
     triton: triton_plan.TritonPlan | None = None
     # Of the compiled backends, prepared
     programs: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    # What tells times of a meta-step that is measured; see `maml_fast.profile`
+    recorder: Recorder | None = field(default=None, repr=False, compare=False)
     batch_norms: str = ""  # what the model's batch norms do, for people
     centred_by: str = ""  # see `layers.centred_by`; the data are handed over less their mean
 

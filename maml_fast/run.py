@@ -109,8 +109,18 @@ class Run:
 
     def _work(self, check: bool) -> None:
         """What a step does on the device; `check` looks for what is not finite, and waits."""
-        config, own = self.config, self.ranks.share(self.config.tasks)
-        episodes = self.tasks.sample(config.tasks, config.shots, config.query_shots, own)
+        loss, counted = self.descend(self.sample(), check)
+        self.update()
+        self.count(loss, counted)
+
+    def sample(self) -> Episodes:
+        """This rank's share of new tasks."""
+        config = self.config
+        own = self.ranks.share(config.tasks)
+        return self.tasks.sample(config.tasks, config.shots, config.query_shots, own)
+
+    def descend(self, episodes: Episodes, check: bool = True) -> tuple[Tensor, int]:
+        """Fill the gradients; returns the mean loss of all ranks' tasks, and how many counted."""
         if not check:  # a graph knows addresses, and keeps nothing alive
             self._plan = self.maml.plan(episodes.support_x, episodes.query_x)
         count, loss = len(episodes.support_x), None
@@ -118,8 +128,8 @@ class Run:
             try:
                 result, found = self.maml.value_and_grad(*episodes, check=check)
             except NonFiniteError as error:
-                if config.on_nonfinite == "raise" or self.ranks.count == 1:
-                    raise self.ranks.explained(error, config.tasks) from None
+                if self.config.on_nonfinite == "raise" or self.ranks.count == 1:
+                    raise self.ranks.explained(error, self.config.tasks) from None
                 count = 0  # other ranks may have better tasks
             else:
                 loss = result.loss
@@ -128,15 +138,21 @@ class Run:
                     count -= len(result.skipped)
         if not count:
             self.parameters.zero_grad()
-        loss, counted = self.ranks.combine(self.parameters.gradient, loss, count)
-        self._skipped += config.tasks - counted
-        self.skipped += config.tasks - counted
+        return self.ranks.combine(self.parameters.gradient, loss, count)
+
+    def update(self) -> None:
+        """The optimiser's step, with clipped gradients."""
         if self.config.clip_gradient:
             self.parameters.clip(self.config.clip_gradient)
         if self.config.clip_norm:
             self.parameters.clip_norm(self.config.clip_norm)
         self.optimizer.step()
+
+    def count(self, loss: Tensor, counted: int) -> None:
+        """Remember the loss, and how many tasks it is not of, for the history."""
         self._loss_sum += loss
+        self._skipped += self.config.tasks - counted
+        self.skipped += self.config.tasks - counted
 
     def validate(self) -> dict[str, float] | None:
         """Figures on held-out tasks for the history; None where they are not due."""

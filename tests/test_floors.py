@@ -8,8 +8,8 @@ import maml_fast
 ROOT = Path(maml_fast.__file__).parent
 FLOORS = [
     {"kernels"},
-    {"errors", "memory", "openmp", "cost", "custom_op", "inner"},
-    {"outer", "cpu_features", "cpu_cost", "triton_features", "triton_cost"},
+    {"errors", "memory", "openmp", "cost", "custom_op", "inner", "recorder", "live_memory"},
+    {"outer", "cpu_features", "cpu_cost", "triton_features", "triton_cost", "profiled"},
     {"ops", "losses", "signature"},
     {"fast_weights", "problem", "refusals", "norm_calls"},
     {"trace"},
@@ -23,7 +23,7 @@ FLOORS = [
     {"planner", "results", "autograd"},
     {"trajectory", "settings"},
     {"maml"},
-    {"check", "presets", "features"},
+    {"check", "presets", "features", "profile"},
     {"models", "tasks"},
     {"config", "checkpoint", "measure", "captured"},
     {"ranks"},
@@ -34,7 +34,7 @@ FLOORS = [
     {"report", "train"},
     {"plots", "plots_run"},
     {"plots_images", "run_report", "cli_options"},
-    {"cli_evaluate", "cli_report"},
+    {"cli_evaluate", "cli_report", "cli_profile"},
     {"cli"},
     {"__main__"},
 ]

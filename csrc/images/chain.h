@@ -11,6 +11,7 @@ class ImageChain : public ImageStages<T> {
    public:
     using ImageStages<T>::edges;
     using ImageStages<T>::goes_below;
+    using ImageStages<T>::parts;
     using ImageStages<T>::prelude;
     using ImageStages<T>::prelude_edges;
     using ImageStages<T>::program;
@@ -46,8 +47,10 @@ class ImageChain : public ImageStages<T> {
         // What is kept of each inner step: all that the adjoint reads, or else only what the next step overwrites.
         kept_ = keeps_steps() ? S : smaller<Index>(S, 1);
         const bool bare = this->reads_bare();
+        parts.forget_bytes();
         for (ImageEdge<T>& edge : prelude_edges) {
             const bool is_data = &edge == &prelude_edges.front();
+            charge(arena, true, &edge - prelude_edges.data());
             edge.value.clear();
             for (Index rows : {edge.rows, edge.query_rows})
                 edge.value.push_back(take_image<T>(arena, rows, edge.shape, edge.border, is_data && bare));
@@ -55,15 +58,28 @@ class ImageChain : public ImageStages<T> {
         edges[0].value.assign(S + 1, prelude_edges.back().value[0]);
         edges[0].value[S] = prelude_edges.back().value[1];
         edges[0].border = prelude_edges.back().border;
-        for (std::size_t e = 1; e < edges.size(); ++e) edges[e].value = own(arena, edges[e], kept_, true);
+        for (Index e = 1; e <= last(); ++e) {
+            charge(arena, false, e);
+            edges[e].value = own(arena, edges[e], kept_, true);
+        }
         if (program.gradient || S > 0) allocate_cotangents(arena);
         if (second_order() && S > 0) allocate_tangents(arena);
         if (goes_below) allocate_below(arena);
-        for (const auto& stage : prelude) stage->allocate(arena, 1);
-        for (const auto& stage : stages) stage->allocate(arena, kept_);
+        for (std::size_t i = 0; i < prelude.size(); ++i) {
+            arena.charge(parts.at(parts.prelude(i)).own);
+            prelude[i]->allocate(arena, 1);
+        }
+        for (Index i = 0; i < last(); ++i) {
+            arena.charge(parts.at(parts.stage(i)).own);
+            stages[i]->allocate(arena, kept_);
+        }
+        arena.charge(parts.at(LOSS).values);
         allocate_loss(arena);
+        arena.charge(parts.at(WORKSPACE).own);
         this->workspace.allocate(arena);
     }
+    // What is taken now is of the values behind so many stages.
+    void charge(Arena& arena, bool prelude, Index stages) { arena.charge(parts.behind(prelude, stages).values); }
     // Whether steps' values are still read when the query's have been written.
     bool keeps_steps() const { return second_order() && !replays; }
     Image<T> image(Arena& arena, const ImageEdge<T>& edge, Index rows) const {
@@ -84,6 +100,7 @@ class ImageChain : public ImageStages<T> {
     void allocate_cotangents(Arena& arena) {
         for (Index e = 1; e <= last(); ++e) {
             ImageEdge<T>& edge = edges[e];
+            charge(arena, false, e);
             const bool in_place = e < last() && stages[e]->works_in_place() && !stages[e - 1]->keeps_result();
             const bool restored = e < last() && stages[e]->restores_cotangent();
             const Index kept = stages[e - 1]->keeps_cotangent() && !restored ? kept_ : smaller<Index>(S, 1);
@@ -95,6 +112,7 @@ class ImageChain : public ImageStages<T> {
         for (Index e = 0; e <= last(); ++e) {
             ImageEdge<T>& edge = edges[e];
             if (e == 0 && (stages.empty() || stages[0]->reads_bare())) continue;
+            charge(arena, false, e);
             edge.tangent.assign(S, image(arena, edge, edge.rows));  // of the data: zeros
             const bool in_place = e < last() && stages[e]->works_in_place();
             if (e > 0) edge.t_cotangent = in_place ? edge.tangent : std::vector<Image<T>>(S, image(arena, edge, edge.rows));
@@ -105,9 +123,11 @@ class ImageChain : public ImageStages<T> {
         const Index end = static_cast<Index>(prelude_edges.size());
         for (Index e = program.inputs ? 0 : smaller(this->lowest + 1, end - 1); e < end; ++e) {
             ImageEdge<T>& edge = prelude_edges[e];
+            charge(arena, true, e);
             edge.cotangent = {image(arena, edge, edge.rows), image(arena, edge, edge.query_rows)};
         }
         ImageEdge<T>& edge = edges[0];
+        charge(arena, false, 0);
         edge.t_cotangent.assign(S, image(arena, edge, edge.rows));
         edge.cotangent = edge.t_cotangent;
         edge.cotangent.push_back(prelude_edges.back().cotangent[1]);

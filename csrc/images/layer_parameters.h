@@ -136,6 +136,7 @@ class LayerParameters : public Learning {
 template <class T>
 struct Adapts {
     LayerParameters<T>* layer;
+    Index stage = 0;  // its place in the prelude or among the stages
 };
 
 // Weights [tap][C][K] of a convolution, K filling vectors.

@@ -10,6 +10,7 @@
 #include "images/pool.h"
 #include "images/rearrange.h"
 #include "images/scale_shift.h"
+#include "meter.h"
 
 namespace maml_fast::MAML_FAST_ISA {
 
@@ -19,7 +20,12 @@ class ImageStages {
     explicit ImageStages(const Program& program) : program(program), goes_below(program.goes_below()) {
         prelude_edges.push_back(edge_of(shape_of(program.shape), program.rows, program.query_rows));
         const std::vector<Layer>& layers = program.layers;
-        for (std::size_t i = 0; i < layers.size();) i += add(layers, i);
+        for (std::size_t i = 0; i < layers.size();) {
+            const std::size_t once = prelude.size(), others = stages.size(), count = add(layers, i);
+            for (std::size_t j = once; j < prelude.size(); ++j) parts.add(true, i, count);
+            for (std::size_t j = others; j < stages.size(); ++j) parts.add(false, i, count);
+            i += count;
+        }
         if (edges.empty()) edges.push_back(prelude_edges.back());
         if (is_lowest()) lowest = static_cast<Index>(prelude.size());
         connect(prelude, prelude_edges);
@@ -41,6 +47,7 @@ class ImageStages {
     Index lowest = 0;                    // of which this is the first stage that cotangents reach
     std::vector<ImageEdge<T>> prelude_edges, edges;
     Workspace<T> workspace;
+    Parts parts;
 
    private:
     // Adds the stage of layer i, or the stages, and of what is done with it; returns how many layers those are.
@@ -179,7 +186,11 @@ class ImageStages {
             .push_back(edge_of(shape, rearranges ? x.rows * before / after : x.rows,
                                rearranges ? x.query_rows * before / after : x.query_rows));
         const bool was_lowest = is_lowest();
-        stage->list(in_prelude ? still : fast);
+        std::vector<Adapts<T>>& listed = in_prelude ? still : fast;
+        const std::size_t before_it = listed.size();
+        stage->list(listed);
+        for (std::size_t j = before_it; j < listed.size(); ++j)
+            listed[j].stage = static_cast<Index>((in_prelude ? prelude : stages).size()) - 1;
         if (was_lowest && !is_lowest()) lowest = static_cast<Index>(prelude.size()) - 1;
     }
     static ImageEdge<T> edge_of(ImageShape shape, Index rows, Index query_rows) {

@@ -28,19 +28,31 @@ class ImageTile {
             for (const auto& stage : *list) stage->begin_call();
     }
 
+    // The clock of the thread whose tile it is; null: nothing is measured.
+    void measure(Meter* meter) { meter_ = meter; }
+
     // The task `first`; adds what it gives to `sums`.
     void run(const TaskData& data, Index first, Index, const Partial<T>& sums) {
         load(data, first);
-        for (const auto& stage : chain_.prelude)
-            for (Index pass : {0, 1}) stage->forward(pass);
-        for (const auto& stage : chain_.stages) stage->begin_task();
+        lap(DATA, OUTSIDE);
+        for (std::size_t i = 0; i < chain_.prelude.size(); ++i)
+            for (Index pass : {0, 1}) {
+                chain_.prelude[i]->forward(pass);
+                lap(parts().prelude(i), pass ? QUERY : INNER);
+            }
+        for (Index i = 0; i < chain_.last(); ++i) {
+            chain_.stages[i]->begin_task();
+            lap(parts().stage(i), INNER);
+        }
         adapt(data, first);
         query(data, first);
         if (program_.exports)
             for (const auto& fast : chain_.fast) fast.layer->export_adapted(first);
+        lap(DATA, OUTSIDE);
         if (program_.gradient) pull_back(data, first, sums);
     }
 
+    const Parts& parts() const { return chain_.parts; }
     const std::vector<Place>& places() const { return places_; }
     Index sum_numbers() const { return sum_numbers_; }
     bool replays() const { return chain_.replays; }
@@ -106,60 +118,92 @@ class ImageTile {
     // ---- the meta-step
 
     const ImageEdge<T>& output() const { return chain_.edges.back(); }
-    void forward(Index k) {
-        for (const auto& stage : chain_.stages) stage->forward(k);
+    // What came since the last lap was this part's.
+    void lap(Index part, Phase phase) {
+        if (meter_) meter_->lap(part, phase);
+    }
+    void forward(Index k, Phase phase) {
+        for (Index i = 0; i < chain_.last(); ++i) {
+            chain_.stages[i]->forward(k);
+            lap(parts().stage(i), phase);
+        }
         to_lanes(output().value[k], chain_.passes[k].z);
     }
     T loss(Index k) const { return lane_sum<T>(chain_.loss->value(chain_.passes[k])); }
-    void backward(Index k) {
+    void backward(Index k, Phase phase) {
         if (chain_.stages.empty() && !chain_.goes_below) return;
         from_lanes(chain_.passes[k].d, output().cotangent[k]);
-        for (Index i = chain_.last() - 1; i >= 0; --i) chain_.stages[i]->backward(k);
+        lap(LOSS, phase);
+        for (Index i = chain_.last() - 1; i >= 0; --i) {
+            chain_.stages[i]->backward(k);
+            lap(parts().stage(i), phase);
+        }
     }
 
     void adapt(const TaskData& data, Index task) {
         for (Index k = 0; k < S; ++k) {
-            forward(k);
+            forward(k, INNER);
             static_cast<T*>(data.support_losses)[task * S + k] = loss(k);
+            lap(LOSS, INNER);
             if (chain_.fast.empty()) continue;
-            backward(k);
-            for (const auto& fast : chain_.fast) fast.layer->descend(k);
+            backward(k, INNER);
+            for (const auto& fast : chain_.fast) {
+                fast.layer->descend(k);
+                lap(parts().stage(fast.stage), INNER);
+            }
         }
     }
     void query(const TaskData& data, Index task) {
-        forward(S);
+        forward(S, QUERY);
+        lap(LOSS, QUERY);
         store_rows(output().value[S], data.query_outputs, task);
+        lap(DATA, OUTSIDE);
         if (data.query_y.p) static_cast<T*>(data.task_losses)[task] = loss(S);
+        lap(LOSS, QUERY);
     }
 
     void pull_back(const TaskData& data, Index task, const Partial<T>& sums) {
         if (chain_.fast.empty() && !chain_.goes_below) return;
-        backward(S);
+        backward(S, QUERY);
         take_step(S, sums);
+        lap(LOSS, QUERY);
         if (chain_.goes_below) clear(entering()[0]);
         for (Index k = S - 1; k >= 0; --k) {
             for (std::size_t i = 0; i < chain_.fast.size(); ++i) {
                 auto* layer = chain_.fast[i].layer;
                 if (layer->layer.learns_rates) layer->add_rate_gradients(k, places_[i].rates(sums, sums.rates + 2 * S * i, k, S));
                 if (turns_) layer->turn(k);
+                lap(parts().stage(chain_.fast[i].stage), ADJOINT);
             }
             if (chain_.second_order() && !chain_.fast.empty()) {
                 hessian_product(k);
                 take_step(k, sums);
+                lap(LOSS, ADJOINT);
             }
         }
         if (chain_.goes_below) go_below();
-        for (const Place& place : places_)
+        for (std::size_t i = 0; i < places_.size(); ++i) {
+            const Place& place = places_[i];
             parameters_at(place)->add_gradient(sums.numbers + place.weight, sums.numbers + place.bias);
+            const std::size_t fast = chain_.fast.size();
+            lap(i < fast ? parts().stage(chain_.fast[i].stage) : parts().prelude(chain_.still[i - fast].stage), ADJOINT);
+        }
         if (program_.inputs) store_by_inputs(data, task);
+        lap(DATA, OUTSIDE);
     }
     // Back through what runs once, as far as there is a gradient to have.
     void go_below() {
         const bool with_support = program_.reaches_support();
         for (Index i = static_cast<Index>(chain_.prelude.size()) - 1; i >= chain_.lowest; --i)
-            for (Index pass = program_.inputs || with_support ? 0 : 1; pass < 2; ++pass) chain_.prelude[i]->backward(pass);
+            for (Index pass = program_.inputs || with_support ? 0 : 1; pass < 2; ++pass) {
+                chain_.prelude[i]->backward(pass);
+                lap(parts().prelude(i), ADJOINT);
+            }
         if (!with_support) return;
-        for (const auto& still : chain_.still) still.layer->join_passes();
+        for (const auto& still : chain_.still) {
+            still.layer->join_passes();
+            lap(parts().prelude(still.stage), ADJOINT);
+        }
     }
     static const LayerParameters<T>* parameters_at(const Place& place) {
         return static_cast<const LayerParameters<T>*>(place.layer);
@@ -170,19 +214,32 @@ class ImageTile {
     }
     // What step k has computed and others have overwritten.
     void replay(Index k) {
-        forward(k);
+        forward(k, ADJOINT);
         loss(k);
         from_lanes(chain_.passes[k].d, output().cotangent[k]);
-        for (Index i = chain_.last() - 1; i >= 0; --i) chain_.stages[i]->replay_backward(k);
+        lap(LOSS, ADJOINT);
+        for (Index i = chain_.last() - 1; i >= 0; --i) {
+            chain_.stages[i]->replay_backward(k);
+            lap(parts().stage(i), ADJOINT);
+        }
     }
     void hessian_product(Index k) {
         if (chain_.replays) replay(k);
-        for (const auto& stage : chain_.stages) stage->tangent(k);
+        for (Index i = 0; i < chain_.last(); ++i) {
+            chain_.stages[i]->tangent(k);
+            lap(parts().stage(i), ADJOINT);
+        }
         to_lanes(output().tangent[k], chain_.t_z);
         chain_.loss->tangent(chain_.passes[k], chain_.t_z, chain_.t_d);
         from_lanes(chain_.t_d, output().t_cotangent[k]);
-        for (Index i = chain_.last() - 1; i >= 0; --i) chain_.stages[i]->tangent_backward(k);
-        if (chain_.goes_below) add_to(entering()[0], chain_.edges[0].t_cotangent[k]);
+        lap(LOSS, ADJOINT);
+        for (Index i = chain_.last() - 1; i >= 0; --i) {
+            chain_.stages[i]->tangent_backward(k);
+            lap(parts().stage(i), ADJOINT);
+        }
+        if (!chain_.goes_below) return;
+        add_to(entering()[0], chain_.edges[0].t_cotangent[k]);
+        lap(DATA, ADJOINT);
     }
 
     // ---- gradients by the data
@@ -201,6 +258,7 @@ class ImageTile {
     const bool turns_;  // see Program
     std::vector<Place> places_;
     Index sum_numbers_ = 0;
+    Meter* meter_ = nullptr;
 };
 
 }  // namespace maml_fast::MAML_FAST_ISA

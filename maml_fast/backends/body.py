@@ -16,18 +16,21 @@ from maml_fast.fast_weights import Still, shared_stage
 from maml_fast.layers import LayerPlan
 from maml_fast.ops import Operation, Stage, Weighted
 from maml_fast.problem import Problem
+from maml_fast.recorder import Recorder, watched
 
 
 class Body:
     """The layers of a plan's body, for one chunk of tasks."""
 
-    def __init__(self, layers: list[LayerPlan], problem: Problem) -> None:
+    def __init__(
+        self, layers: list[LayerPlan], problem: Problem, recorder: Recorder | None = None
+    ) -> None:
         self.problem = problem
         self.stages: list[Stage] = []
         self.ops: list[Operation | Weighted] = [layer.link.op for layer in layers]
-        for op in self.ops:
+        for i, op in enumerate(self.ops):
             stage = op if isinstance(op, Operation) else shared_stage(spec_of(op, problem, 1))
-            self.stages.append(stage)
+            self.stages.append(watched(stage, (i,), recorder))
         learns = [isinstance(op, Weighted) and bool(self._learned(op)) for op in self.ops]
         # Nothing learns below this one
         self.lowest = learns.index(True) if True in learns else len(learns)

@@ -8,16 +8,18 @@ tasks that takes longer than the arithmetic, so what can be known before a call 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from maml_fast.backends.addresses import address, in_memory
-from maml_fast.cpu_plan import prepare
+from maml_fast.cpu_plan import engine_layers, prepare
 from maml_fast.layers import Layers, Variant
 from maml_fast.ops import Weighted
 from maml_fast.plan import Plan
 from maml_fast.problem import FlatGradients, Outcome, Problem, TaskBatch
+from maml_fast.recorder import Recorder
 
 Rates = Mapping[str, tuple[float, ...] | Tensor]
 
@@ -26,7 +28,8 @@ PROGRAMS_KEPT = 8  # of a plan, and one for each step's loss: each keeps memory 
 
 def meta_step(problem: Problem, batch: TaskBatch, plan: Plan, gradient: bool) -> Outcome:
     """The whole meta-step of all tasks, in one call."""
-    return _program(plan, problem, batch, gradient).run(problem, batch)
+    program = _program(plan, problem, batch, gradient)
+    return program.run(problem, batch, recorder=plan.recorder)
 
 
 class AdaptedByCpu:
@@ -92,6 +95,7 @@ class Program:
         ops = [layer.link.op for layer in plan.layers if isinstance(layer.link.op, Weighted)]
         assert plan.cpu is not None
         self.prepared = prepare(Layers([], plan.layers), plan.cpu, variant, plan.shapes)
+        self.engine_layers = engine_layers(plan.layers, plan.cpu)
         used = {name for op in ops for name in op.parameters}
         self.unused = [name for name in variant.adapting if name not in used]
         self.like = [problem.like(name).detach() for name in variant.adapting]
@@ -111,7 +115,11 @@ class Program:
         self.numbers = sum(sizes)
 
     def run(
-        self, problem: Problem, batch: TaskBatch, adapted: dict[str, Tensor] | None = None
+        self,
+        problem: Problem,
+        batch: TaskBatch,
+        adapted: dict[str, Tensor] | None = None,
+        recorder: Recorder | None = None,
     ) -> Outcome:
         """Fill an `Outcome`; with `adapted`, also its tensors [T, *shape], by name."""
         variant, x = self.variant, batch.query_x
@@ -155,7 +163,8 @@ class Program:
             else:
                 addresses += (0, 0, 0, 0)
                 rates.append((values.get(weight, ()), values.get(bias, ())))
-        finite = self.prepared.run(tasks, addresses, rates, torch.get_num_threads())
+        call = tasks, addresses, rates, torch.get_num_threads()
+        finite = self.prepared.run(*call) if recorder is None else self._measured(call, recorder)
         outcome = Outcome(losses, support_losses, outputs, finite=finite)
         if flat is not None:
             outcome.gradients = FlatGradients(variant.adapting, flat, self.like)
@@ -164,6 +173,11 @@ class Program:
             outcome.rate_gradients = self._by_name(rate_gradients, x) | by_number
             outcome.input_gradients = by_input
         return outcome
+
+    def _measured(self, call: tuple[Any, ...], recorder: Recorder) -> bool:
+        finite, found = self.prepared.measure(*call)
+        recorder.add_engine(self.prepared, call[0], self.engine_layers, found)
+        return bool(finite)
 
     def _of_steps(self, values: Rates, name: str) -> tuple[float, ...] | Tensor:
         """A rate for each step; zeros for the engine where each number has its own."""

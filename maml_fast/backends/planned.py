@@ -29,6 +29,7 @@ from maml_fast.losses import LOSSES, WeightedRows
 from maml_fast.ops import Operation, Stage, Weighted
 from maml_fast.plan import Plan
 from maml_fast.problem import Outcome, Problem, TaskBatch
+from maml_fast.recorder import INNER, LOSS, QUERY, during, watched
 
 
 @dataclass
@@ -47,16 +48,27 @@ class PlannedStepper:
         assert isinstance(problem.loss, str)  # the plan refuses others
         self.problem, self.batch, self.gradient = problem, batch, gradient
         rules = LOSSES[problem.loss]
-        self.losses = (
-            WeightedRows(rules, batch.support_weight),
-            WeightedRows(rules, batch.query_weight),
+        recorder, below = plan.recorder, len(plan.body)
+        support, query = (
+            watched(WeightedRows(rules, weight), LOSS, recorder)
+            for weight in (batch.support_weight, batch.query_weight)
         )
-        prelude = [frozen_stage(layer, problem) for layer in plan.layers if layer.prelude]
-        self.prelude = prelude
-        self.support_x = through(prelude, batch.support_x)
-        self.query_x = through(prelude, batch.query_x)
+        self.losses = support, query
+        self.prelude = [
+            watched(frozen_stage(layer, problem), (below + i,), recorder)
+            for i, layer in enumerate(plan.layers)
+            if layer.prelude
+        ]
+        with during(recorder, INNER):
+            self.support_x = through(self.prelude, batch.support_x)
+        with during(recorder, QUERY):
+            self.query_x = through(self.prelude, batch.query_x)
         self.layers = [layer for layer in plan.layers if not layer.prelude]
-        self.stages = [self._stage(layer, i) for i, layer in enumerate(self.layers)]
+        below += len(self.prelude)
+        self.stages = [
+            watched(self._stage(layer, i), (below + i,), recorder)
+            for i, layer in enumerate(self.layers)
+        ]
         self.fast = {i: s for i, s in enumerate(self.stages) if isinstance(s, FastLayer)}
         # Gradients by the rows that enter the stages, where they are wanted: of support and query
         self.by_input: list[Tensor | None] = [None, None]

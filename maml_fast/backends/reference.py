@@ -21,6 +21,7 @@ from maml_fast.inner import SGD
 from maml_fast.norm_calls import OwnStatistics
 from maml_fast.outer import Implicit, Reptile
 from maml_fast.problem import Outcome, Problem, TaskBatch, one_loss
+from maml_fast.recorder import ADJOINT, ALL_LAYERS, INNER, QUERY, Recorder, during
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "mse": F.mse_loss,
@@ -125,7 +126,9 @@ def _rate_leaves(problem: Problem, learn: bool) -> dict[str, list[Tensor]]:
     }
 
 
-def meta_step(problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:
+def meta_step(
+    problem: Problem, batch: TaskBatch, gradient: bool, recorder: Recorder | None = None
+) -> Outcome:
     """The whole meta-step, task by task; see `Outcome`."""
     names, learning = list(problem.learned), sorted(problem.rates.learning)
     whole = {**problem.parameters, **problem.by_step}
@@ -143,9 +146,11 @@ def meta_step(problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:
             ]
             support = Rows.of(inputs[0], task.support_y, task.support_weight)
             query = Rows.of(inputs[1], task.query_y, task.query_weight)
-            path, losses = _adapt(problem, theta, rates, support)
-            prediction = _predict(problem, path[-1], query.x, problem.inner_steps)
-            loss = _query_loss(problem, path, prediction, query)
+            with during(recorder, INNER, ALL_LAYERS):
+                path, losses = _adapt(problem, theta, rates, support)
+            with during(recorder, QUERY, ALL_LAYERS):
+                prediction = _predict(problem, path[-1], query.x, problem.inner_steps)
+                loss = _query_loss(problem, path, prediction, query)
             task_losses.append(loss.detach())
             support_losses.append(losses)
             outputs.append(query.spread(prediction.detach(), len(inputs[1])))
@@ -154,12 +159,13 @@ def meta_step(problem: Problem, batch: TaskBatch, gradient: bool) -> Outcome:
             wanted = [theta[name] for name in names]
             wanted += [rate for name in learning for rate in rates[name]]
             wanted += inputs if problem.wants_inputs else []
-            if isinstance(problem.outer, Implicit):
-                found = _implicit(problem, theta, path[-1], support, query, wanted)
-            elif isinstance(problem.outer, Reptile):
-                found = [(theta[name] - path[-1][name]).detach() for name in names]
-            else:
-                found = list(torch.autograd.grad(loss, wanted, materialize_grads=True))
+            with during(recorder, ADJOINT, ALL_LAYERS):
+                if isinstance(problem.outer, Implicit):
+                    found = _implicit(problem, theta, path[-1], support, query, wanted)
+                elif isinstance(problem.outer, Reptile):
+                    found = [(theta[name] - path[-1][name]).detach() for name in names]
+                else:
+                    found = list(torch.autograd.grad(loss, wanted, materialize_grads=True))
             for name in names:
                 totals[name] += found.pop(0)
             for name in learning:

@@ -21,6 +21,7 @@ from maml_fast.backends.triton_step import PreparedStep, Results, on_device, pla
 from maml_fast.layers import Variant
 from maml_fast.plan import Plan
 from maml_fast.problem import Outcome, Problem, Stepper, TaskBatch
+from maml_fast.recorder import ALL_LAYERS, measured
 
 PROGRAMS_KEPT = 8  # of a plan, and one for each step's loss
 _LOCK = threading.Lock()  # of plans' programs
@@ -97,6 +98,7 @@ class LayersStep(PreparedStep):
         stepper = _layers().LayerStepper(
             problem, batch, self.plan, gradient, self.triton.precision, self._rates[1], engine
         )
+        stepper = measured(stepper, self.plan.recorder, ALL_LAYERS)
         return stepping.drive(stepper, problem, gradient)
 
     def _parts(self, outcome: Outcome) -> list[Tensor]:

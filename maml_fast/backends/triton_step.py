@@ -16,6 +16,7 @@ from maml_fast.layers import Variant
 from maml_fast.ops import Weighted
 from maml_fast.plan import Plan
 from maml_fast.problem import FlatGradients, Outcome, Problem, TaskBatch
+from maml_fast.recorder import ALL_LAYERS, OUTSIDE, during
 
 
 class Results(NamedTuple):
@@ -76,9 +77,13 @@ class PreparedStep:
             return self._outcome(problem, self.launch(problem, batch), batch.tasks, look=False)
         if not self.tuned and self.triton.tunes and tuning.possible(batch.support_x):
             self.tuned = self.tune(problem, batch)
-        results = self.graphs.run(
-            self.key(problem), batch, lambda batch: self.launch(problem, batch), self.alive
-        )
+        if self.plan.recorder is None:
+            results = self.graphs.run(
+                self.key(problem), batch, lambda batch: self.launch(problem, batch), self.alive
+            )
+        else:  # launched one by one: inside of a graph nothing is told apart
+            with during(self.plan.recorder, OUTSIDE, ALL_LAYERS):
+                results = self.launch(problem, batch)
         return self._outcome(problem, Results(*results), batch.tasks)
 
     def _outcome(
