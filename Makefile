@@ -12,6 +12,7 @@ IN_WORKERS := -n $(WORKERS) --dist worksteal
 BIN := $(VENV)/bin
 DEMO := runs/demo
 SANITIZED := $(VENV)-sanitized
+RACES := $(VENV)-threads
 SANITIZE_TESTS := tests/test_cpu.py tests/test_cpu_norms.py tests/test_cpu_images.py tests/test_cpu_images_edges.py \
     tests/test_cpu_family.py tests/test_cpu_rules.py tests/test_cpu_data.py tests/test_operations_cpu.py \
     tests/test_step_params.py tests/test_adapt.py tests/test_rates.py tests/test_meta_gradient.py
@@ -24,10 +25,10 @@ INSTALLED_FROM := pyproject.toml constraints.txt $(shell find csrc -type f)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installations into one environment would disturb each other
-.PHONY: help demo test sanitize kernels bench gpu lint docs docs-serve format clean check-python
+.PHONY: help demo test sanitize sanitize-threads kernels bench gpu gpu-sanitize lint docs docs-serve format clean check-python
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON) (3.11 to 3.13), VENV=$(VENV), ITERATIONS=$(ITERATIONS) (demo), ARGS (test, bench)"
 
@@ -44,18 +45,35 @@ test: $(VENV)/.installed-test ## Run the tests
 # The C++ backend's tests on an extension built with the sanitizers, in an environment that borrows the packages of VENV.
 # Leaks are not looked for: the interpreter and torch leave much behind.
 # Those of threads fork, which under the sanitizers must not happen in a worker.
+PYTEST := -m pytest -q -p no:cacheprovider --capture=sys
 SANITIZE = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-    $(SANITIZED)/bin/python -m pytest -q -p no:cacheprovider --capture=sys
+    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/bin/python $(PYTEST)
 sanitize: $(SANITIZED)/.installed ## Run the C++ backend's tests with the address and undefined-behaviour sanitizers
 	$(SANITIZE) tests/test_cpu_threads.py $(ARGS)
 	OMP_NUM_THREADS=1 $(SANITIZE) $(IN_WORKERS) $(SANITIZE_TESTS) $(ARGS)
 
-$(SANITIZED)/.installed: $(INSTALLED_FROM) $(VENV)/.installed-test
-	$(BIN)/python -m venv $(SANITIZED)
+# This processor's lowest and highest instruction set: what code takes from them are the length of a vector, and whether
+# registers are many. All lie between these two.
+SETS = $$($(BIN)/python -c 'from maml_fast import cpu_features; sets = list(cpu_features.engines()); \
+    print(sets[0], sets[-1], sep=";")')
+
+# The engine's own threads: those of torch's OpenMP wait for each other in ways that the sanitizer does not see, so torch
+# itself has one. Where the kernel puts memory at random in more than 28 bits, the sanitizer does not start: setarch asks it
+# not to, where that is allowed.
+IN_PLACE = $$(setarch "$$(uname -m)" -R true 2>/dev/null && echo setarch "$$(uname -m)" -R)
+sanitize-threads: $(RACES)/.installed ## Run the C++ backend's tests of threads with the thread sanitizer
+	OMP_NUM_THREADS=1 LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" \
+	    TSAN_OPTIONS="halt_on_error=1" \
+	    $(IN_PLACE) $(RACES)/bin/python $(PYTEST) tests/test_cpu_races.py $(ARGS)
+
+# For threads one is enough: what they share is the same in all.
+$(SANITIZED)/.installed: BUILD = MAML_FAST_SANITIZE=address,undefined MAML_FAST_INSTRUCTION_SETS="$(SETS)"
+$(RACES)/.installed: BUILD := MAML_FAST_SANITIZE=thread MAML_FAST_INSTRUCTION_SETS=baseline
+$(SANITIZED)/.installed $(RACES)/.installed: $(INSTALLED_FROM) $(VENV)/.installed-test
+	$(BIN)/python -m venv $(@D)
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
-	    "$$($(SANITIZED)/bin/python -c 'import site; print(site.getsitepackages()[0])')/borrowed.pth"
-	MAML_FAST_CPU=ON MAML_FAST_SANITIZE=address,undefined $(SANITIZED)/bin/python -m pip install \
+	    "$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/borrowed.pth"
+	MAML_FAST_CPU=ON $(BUILD) $(@D)/bin/python -m pip install \
 	    --disable-pip-version-check --no-deps --config-settings install.strip=false --editable .
 	@touch $@
 
@@ -75,6 +93,9 @@ gpu: ## On a machine with a GPU: run the tests of what runs there, then the benc
 	$(GPU_PYTHON) -m pytest -q -p no:cacheprovider $$workers $(GPU_TESTS) || failed=1; \
 	$(GPU_PYTHON) -m benchmarks --device cuda --minutes $$(( (530 - $$(date +%s) + start) / 60 )) $(ARGS) || failed=1; \
 	exit $$failed
+
+gpu-sanitize: ## On a machine with a GPU: run tests of the kernels under compute-sanitizer, five minutes at most
+	$(GPU_PYTHON) -m tests.compute_sanitizer $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style and types
 	$(BIN)/ruff check

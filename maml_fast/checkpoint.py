@@ -91,9 +91,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         DamagedError: there is none at `path`, or it is damaged. The file is only read.
         CheckpointError: it is of another program or of a newer format.
     """
-    if not path.is_file():
-        raise DamagedError(f"{path}: no such checkpoint")
     try:
+        if not path.is_file():
+            raise DamagedError(f"{path}: no such checkpoint")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -101,26 +101,43 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
         raise DamagedError(f"{path}: damaged, or no safetensors file ({error})") from None
+    except RuntimeError as error:  # of torch, which finds no tensor of such a shape
+        text = str(error).partition("\n")[0]
+        raise DamagedError(f"{path}: damaged: a tensor cannot be had ({text})") from None
     if ENTRY not in metadata:
         raise CheckpointError(f"{path}: a safetensors file of another program, not a checkpoint")
-    try:
-        entry = json.loads(metadata[ENTRY])
-        version = entry["format_version"]
-        if version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: has checkpoint format {version}, and this maml_fast knows only up to "
-                f"{FORMAT_VERSION}: use a newer maml_fast"
-            )
-        digest, config, iteration = entry.pop("digest"), entry["config"], entry["iteration"]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise DamagedError(f"{path}: damaged: its description cannot be read") from None
+    entry = _description(path, metadata[ENTRY])
+    digest = entry.pop("digest")
     if digest != _digest(entry, tensors):
         raise DamagedError(f"{path}: damaged: its contents do not match its digest")
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         group, _, name = key.partition("/")
         groups.setdefault(group, {})[name] = tensor
-    return Checkpoint(config, iteration, groups, entry.get("data", {}))
+    return Checkpoint(entry["config"], entry["iteration"], groups, entry.get("data", {}))
+
+
+def _description(path: Path, text: str) -> dict[str, Any]:
+    """What a file says of itself, each part of its type; a CheckpointError where it is none."""
+    unreadable = DamagedError(f"{path}: damaged: its description cannot be read")
+    try:
+        entry = json.loads(text)
+        json.dumps(entry)  # as its digest will: what is nested too deeply
+    except (ValueError, RecursionError):
+        raise unreadable from None
+    if not isinstance(entry, dict) or type(entry.get("format_version")) is not int:
+        raise unreadable
+    if entry["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: has checkpoint format {entry['format_version']}, and this maml_fast knows "
+            f"only up to {FORMAT_VERSION}: use a newer maml_fast"
+        )
+    parts = {"digest": str, "config": dict, "iteration": int}
+    if any(type(entry.get(name)) is not wanted for name, wanted in parts.items()):
+        raise unreadable
+    if entry["iteration"] < 0 or not isinstance(entry.get("data", {}), dict):
+        raise unreadable
+    return entry
 
 
 def write_atomically(path: Path, data: bytes, previous: Path | None = None) -> None:

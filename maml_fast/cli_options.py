@@ -16,6 +16,9 @@ from maml_fast.config_sinusoid import Method
 from maml_fast.kinds import KINDS
 from maml_fast.run_files import RunFiles
 
+# Bytes of a file of options, which has dozens of lines: a key this long takes the parser 0.3 GB.
+MAX_TOML = 2**14
+
 
 @dataclass(frozen=True, kw_only=True)
 class Begin:
@@ -114,7 +117,13 @@ def _refuse_fractions(argument: Argument) -> None:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        text = file.read(MAX_TOML + 1)
+    if len(text) > MAX_TOML:
+        raise ConfigError(f"{path}: longer than {MAX_TOML:,} bytes; wanted is a file of options")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(text.decode())
+    except RecursionError:
+        raise ConfigError(f"{path}: no valid TOML: nested too deeply") from None
     except ValueError as error:
         raise ConfigError(f"{path}: no valid TOML: {error}") from None

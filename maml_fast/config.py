@@ -7,6 +7,7 @@ of an inherited field where they cannot be looked up by name.
 import dataclasses
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
@@ -95,17 +96,18 @@ class TrainConfig:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        check_whole("iterations", self.iterations, least=0)
+        check_whole("iterations", self.iterations, least=0, most=2**63 - 1)
         for name in self.counts:
             check_whole(name, getattr(self, name), least=1)
         # Above 2^31 lie the seeds of the training tasks: see run.TASK_SEEDS.
-        if check_whole("seed", self.seed, least=0) >= 2**31:
-            raise ConfigError(f"seed is {self.seed}; wanted is a whole number below 2^31")
+        check_whole("seed", self.seed, least=0)
         if self.threads is not None:
             check_whole("threads", self.threads, least=1)
         for name in self.flags:
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; wanted is true or false")
+                raise ConfigError(
+                    f"{name} is {shown(getattr(self, name))}; wanted is true or false"
+                )
         check_rate("inner_lr", self.inner_lr, positive=False)  # 0 is the pretraining baseline
         check_rate("meta_lr", self.meta_lr, positive=True)
         check_rate("clip_gradient", self.clip_gradient, positive=False)
@@ -113,9 +115,9 @@ class TrainConfig:
         check_one_of("on_nonfinite", self.on_nonfinite, get_args(OnNonfinite))
         check_one_of("backend", self.backend, get_args(Backend))
         if not isinstance(self.output, Path):
-            raise ConfigError(f"output is {self.output!r}; wanted is a path")
+            raise ConfigError(f"output is {shown(self.output)}; wanted is a path")
         if not isinstance(self.device, str):
-            raise ConfigError(f"device is {self.device!r}; wanted is a name, as in 'cpu'")
+            raise ConfigError(f"device is {shown(self.device)}; wanted is a name, as in 'cpu'")
 
     @classmethod
     def recipe(cls, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +138,7 @@ class TrainConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = [key for key in values if key not in known]
         if unknown:
-            raise ConfigError(f"{source}: unknown key {unknown[0]!r}; the keys are {known}")
+            raise ConfigError(f"{source}: unknown key {shown(unknown[0])}; the keys are {known}")
         hints = get_type_hints(cls)
         try:
             return cls(**{name: _typed(hints[name], value) for name, value in values.items()})
@@ -185,25 +187,39 @@ def check_device(device: str) -> torch.device:
     return found
 
 
-def check_whole(name: str, value: object, least: int) -> int:
-    """The value, if it is a whole number of at least `least`."""
+def check_whole(name: str, value: object, least: int, most: int = 2**31 - 1) -> int:
+    """The value, if it is a whole number from `least` to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} is {value!r}; wanted is a whole number of at least {least}")
+        raise ConfigError(f"{name} is {shown(value)}; wanted is a whole number of at least {least}")
+    if value > most:
+        raise ConfigError(f"{name} is {shown(value)}; wanted is a whole number of at most {most}")
     return value
 
 
 def check_rate(name: str, value: object, positive: bool) -> None:
     """A finite number, above 0 or of at least 0."""
-    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    number = math.nan
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        with suppress(OverflowError):  # a whole number too large
+            number = float(value)
     if not math.isfinite(number) or number < 0 or (positive and number == 0):
         wanted = "above 0" if positive else "of at least 0"
-        raise ConfigError(f"{name} is {value!r}; wanted is a finite number {wanted}")
+        raise ConfigError(f"{name} is {shown(value)}; wanted is a finite number {wanted}")
 
 
 def check_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     """One of the choices."""
     if value not in choices:
-        raise ConfigError(f"{name} is {value!r}; wanted is one of {list(choices)}")
+        raise ConfigError(f"{name} is {shown(value)}; wanted is one of {list(choices)}")
+
+
+def shown(value: object) -> str:
+    """A value as messages have it: cut off where it is long, as a foreign file's may be."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # of so many digits, or nested so deeply
+        return f"a {type(value).__name__} too large to be shown"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _typed(hint: Any, value: Any) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from maml_fast.config import ConfigError, TrainConfig, check_one_of, check_whole
+from maml_fast.config import ConfigError, TrainConfig, check_one_of, check_whole, shown
 
 ImageModel = Literal["conv4", "conv4-pool", "fc"]
 
@@ -92,7 +92,7 @@ class ImageConfig(TrainConfig):
                     f"are named too ({', '.join(self.held_out_names())}); wanted is one of the two"
                 )
         if not isinstance(self.data, tuple) or not all(isinstance(p, Path) for p in self.data):
-            raise ConfigError(f"data is {self.data!r}; wanted are paths")
+            raise ConfigError(f"data is {shown(self.data)}; wanted are paths")
 
     def held_out_names(self) -> tuple[str, ...]:
         """The classes, or groups of them, that are held out by name."""
@@ -133,7 +133,7 @@ class OmniglotConfig(ImageConfig):
         super().__post_init__()
         check_names("alphabets_for_validation", self.alphabets_for_validation)
         if not isinstance(self.download, Path):
-            raise ConfigError(f"download is {self.download!r}; wanted is a path")
+            raise ConfigError(f"download is {shown(self.download)}; wanted is a path")
 
     @classmethod
     def recipe(cls, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,8 +186,8 @@ class FolderConfig(ImageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names("folders_for_validation", self.folders_for_validation)
-        if self.channels not in (1, 3):
-            raise ConfigError(f"channels is {self.channels!r}; wanted is 1 or 3")
+        if check_whole("channels", self.channels, least=1) not in (1, 3):
+            raise ConfigError(f"channels is {shown(self.channels)}; wanted is 1 or 3")
 
     @classmethod
     def recipe(cls, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,4 +207,4 @@ class FolderConfig(ImageConfig):
 def check_names(name: str, value: object) -> None:
     """A tuple of names."""
     if not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
-        raise ConfigError(f"{name} is {value!r}; wanted are names")
+        raise ConfigError(f"{name} is {shown(value)}; wanted are names")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from maml_fast.config import ConfigError, TrainConfig, check_one_of, check_whole
+from maml_fast.config import ConfigError, TrainConfig, check_one_of, check_whole, shown
 from maml_fast.models import CONTEXT
 
 Activation = Literal["relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu", "softplus"]
@@ -53,7 +53,7 @@ class SinusoidConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.hidden, tuple) or not self.hidden:
-            raise ConfigError(f"hidden is {self.hidden!r}; wanted are sizes, as in (40, 40)")
+            raise ConfigError(f"hidden is {shown(self.hidden)}; wanted are sizes, as in (40, 40)")
         for size in self.hidden:
             check_whole("hidden", size, least=1)
         check_one_of("activation", self.activation, get_args(Activation))

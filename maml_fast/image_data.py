@@ -171,7 +171,7 @@ class DataIdentity:
         try:
             parts = [values[name] for name in ("training", "held_out")]
             training, held_out = (
-                tuple((str(name), int(count)) for name, count in part) for part in parts
+                tuple((str(name), _count(count)) for name, count in part) for part in parts
             )
             sha256 = values.get("sha256")
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -216,6 +216,12 @@ class DataIdentity:
 
 
 _AGAIN = "resume with the data of that run, or begin a new run in another output folder"
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**63:
+        raise ValueError
+    return value
 
 
 def _classes(images: ImageSet) -> tuple[tuple[str, int], ...]:

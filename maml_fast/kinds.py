@@ -12,8 +12,9 @@ from torch import nn
 
 from maml_fast.checkpoint import CheckpointError, load_checkpoint
 from maml_fast.config import TrainConfig, check_device, kind_of
-from maml_fast.config_images import FolderConfig, OmniglotConfig
+from maml_fast.config_images import FolderConfig, ImageConfig, OmniglotConfig
 from maml_fast.config_sinusoid import SinusoidConfig
+from maml_fast.image_data import DataIdentity
 from maml_fast.ranks import ALONE, Ranks
 from maml_fast.run import Run, read_config
 from maml_fast.run_images import ImageRun, image_model
@@ -61,14 +62,20 @@ def load_trained(path: Path, device: str = "cpu") -> TrainedModel:
     if name not in KINDS:
         raise CheckpointError(f"{path}: a run of kind {name!r}; wanted is one of {list(KINDS)}")
     config = read_config(KINDS[name].config, checkpoint, path)
-    model = KINDS[name].model(config, torch.device("cpu"))
-    rates = {"inner_lr": torch.tensor(config.inner_lr)}
+    rates = {"inner_lr": torch.tensor(float(config.inner_lr))}
     try:
-        model.load_state_dict(checkpoint.group("model", model.state_dict()))
+        if isinstance(config, ImageConfig):
+            DataIdentity.from_dict(checkpoint.data)
+        # Without memory at first: the model that the file tells of may be of any size.
+        hollow = KINDS[name].model(config, torch.device("meta"))
+        parameters = checkpoint.group("model", hollow.state_dict())
         if config.learn_inner_lr:
             rates = checkpoint.group("rates", rates)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: {reason}") from None
+    model = KINDS[name].model(config, torch.device("cpu"))
+    model.load_state_dict(parameters)
     inner_lr = rates["inner_lr"].item() if config.learn_inner_lr else config.inner_lr
     model = model.to(check_device(device))
     return TrainedModel(model, inner_lr, checkpoint.iteration, config, checkpoint.data)

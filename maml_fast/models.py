@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def sinusoid_mlp(
     Raises:
         ValueError: naming the argument, what was found and what is wanted.
     """
-    model = _mlp([1, *hidden, 1], activation, dtype)
+    model = _mlp([1, *hidden, 1], activation, dtype, device)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -111,14 +112,15 @@ def cavia_sinusoid(
         ValueError: naming the argument, what was found and what is wanted.
     """
     _check_sizes(context_size=context_size)
-    model = _mlp([1 + context_size, *hidden, 1], activation, dtype)
+    model = _mlp([1 + context_size, *hidden, 1], activation, dtype, device)
     generator = torch.Generator().manual_seed(seed)
     for layer in model:
         if isinstance(layer, nn.Linear):
             bound = layer.in_features**-0.5
             nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
             nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
-    return nn.Sequential(ContextInput(context_size, dtype=dtype), *model).to(device)
+    context = ContextInput(context_size, dtype=dtype, device=_drawn_on(device))
+    return nn.Sequential(context, *model).to(device)
 
 
 def omniglot_conv4(
@@ -155,14 +157,13 @@ def omniglot_conv4(
         ValueError: naming the argument, what was found and what is wanted.
     """
     _check_sizes(ways=ways, filters=filters, channels=channels, image_size=image_size)
+    kinds: dict[str, Any] = {"dtype": dtype, "device": _drawn_on(device)}
     layers: list[nn.Module] = []
     size = image_size
     for inputs in (channels, filters, filters, filters):
         stride = 1 if pooling else 2
-        conv = nn.utils.skip_init(
-            nn.Conv2d, inputs, filters, 3, stride=stride, padding=1, dtype=dtype
-        )
-        layers += [conv, _batch_norm(nn.BatchNorm2d, filters, scale, dtype), nn.ReLU()]
+        conv = nn.utils.skip_init(nn.Conv2d, inputs, filters, 3, stride=stride, padding=1, **kinds)
+        layers += [conv, _batch_norm(nn.BatchNorm2d, filters, scale, kinds), nn.ReLU()]
         if pooling:
             layers.append(nn.MaxPool2d(2))
         size = size // 2 if pooling else (size + 1) // 2
@@ -170,7 +171,7 @@ def omniglot_conv4(
         raise ValueError(f"image_size is {image_size}; four poolings want at least 16")
     layers += [nn.Flatten()] if pooling else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     features = filters * size * size if pooling else filters
-    layers.append(nn.utils.skip_init(nn.Linear, features, ways, dtype=dtype))
+    layers.append(nn.utils.skip_init(nn.Linear, features, ways, **kinds))
     model = nn.Sequential(*layers)
     generator = torch.Generator().manual_seed(seed)
     for module in model:
@@ -229,12 +230,13 @@ def omniglot_mlp(
     """
     _check_sizes(ways=ways, channels=channels, image_size=image_size)
     _check_hidden(hidden)
+    kinds: dict[str, Any] = {"dtype": dtype, "device": _drawn_on(device)}
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in pairwise([channels * image_size**2, *hidden]):
-        layers.append(nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=dtype))
-        layers += [_batch_norm(nn.BatchNorm1d, outputs, scale, dtype), nn.ReLU()]
+        layers.append(nn.utils.skip_init(nn.Linear, inputs, outputs, **kinds))
+        layers += [_batch_norm(nn.BatchNorm1d, outputs, scale, kinds), nn.ReLU()]
     inputs = hidden[-1] if hidden else channels * image_size**2
-    layers.append(nn.utils.skip_init(nn.Linear, inputs, ways, dtype=dtype))
+    layers.append(nn.utils.skip_init(nn.Linear, inputs, ways, **kinds))
     model = nn.Sequential(*layers)
     generator = torch.Generator().manual_seed(seed)
     for module in model:
@@ -244,7 +246,9 @@ def omniglot_mlp(
     return model.to(device)
 
 
-def _mlp(sizes: Sequence[int], activation: str, dtype: torch.dtype) -> nn.Sequential:
+def _mlp(
+    sizes: Sequence[int], activation: str, dtype: torch.dtype, device: torch.device | str
+) -> nn.Sequential:
     """Linear layers of these sizes, not yet drawn, with activations between them."""
     _check_hidden(sizes[1:-1])
     if activation not in ACTIVATIONS:
@@ -254,21 +258,29 @@ def _mlp(sizes: Sequence[int], activation: str, dtype: torch.dtype) -> nn.Sequen
         if layers:
             layers.append(ACTIVATIONS[activation]())
         # Without torch's own initialisation, which would draw from the global generator.
-        layers.append(nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=dtype))
+        layers.append(
+            nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=dtype, device=_drawn_on(device))
+        )
     return nn.Sequential(*layers)
+
+
+def _drawn_on(device: torch.device | str) -> torch.device:
+    """Weights are drawn on the CPU and then moved, but nothing is drawn for a model without memory,
+    of device "meta"."""
+    return torch.device("meta" if torch.device(device).type == "meta" else "cpu")
 
 
 def _batch_norm(
     kind: type[nn.BatchNorm1d] | type[nn.BatchNorm2d],
     features: int,
     scale: bool,
-    dtype: torch.dtype,
+    kinds: dict[str, Any],
 ) -> nn.Module:
     """Batch norm as the paper's code has it: beta, gamma fixed at 1 unless `scale`, epsilon 0.001.
 
     Without any gamma, torch cannot differentiate batch norm twice.
     """
-    norm = kind(features, eps=1e-3, track_running_stats=False, dtype=dtype)
+    norm = kind(features, eps=1e-3, track_running_stats=False, **kinds)
     if not scale:
         norm.weight.requires_grad_(False)
     return norm

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 DROPOUT_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
 GLOBAL_HOOKS = tuple("_global" + hooks for hooks in HOOKS)
 RESHAPES = ("view", "reshape", torch.reshape)
+_TRACING = threading.RLock()  # a model's own code may hold a `MAML`, and plan it
 
 
 @dataclass
@@ -53,7 +55,32 @@ class _Refused(Exception):
 
 
 class _Tracer(fx.Tracer):
-    """Leaves are the modules that operations stand for, and torch's own."""
+    """Leaves are the modules that operations stand for, and torch's own.
+
+    While it traces, torch.fx has every module's call and parameters go by way of the tracer, those
+    of other threads too, which are let be here. And two tracers at once would end in the wrong
+    order, the one's way left in place for ever: `_TRACING` lets one in.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = type(m) in MODULES or type(m) in WEIGHTED_MODULES
@@ -92,7 +119,8 @@ def trace(model: nn.Module) -> Chain:
     if chain.refusals:
         return chain
     try:
-        graph = _Tracer().trace(model, concrete_args=_defaults(model))
+        with _TRACING:
+            graph = _Tracer().trace(model, concrete_args=_defaults(model))
     except Exception as error:  # the model's own code runs under the tracer: anything may come
         chain.refusals.append(f"{type(model).__name__}: torch.fx cannot trace it: {error}")
         return chain

@@ -17,6 +17,8 @@ from maml_fast.errors import DataError
 
 MAX_BYTES = 64 * 2**20  # of one file; a photograph of 60 megapixels takes about half
 _ENCRYPTED = 0x1  # of the flags of an entry
+# Of the others, the reader inflates all that is there, however little is asked for.
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,23 @@ def open_tree(path: Path) -> Iterator[Tree]:
 
     Raises:
         DataError: there is neither, an archive is damaged or encrypted, a path in it leaves it, an
-            entry is a symbolic link, is there twice or is too large; a folder cannot be read, or
-            contains itself by a symbolic link. A file's `read` raises it likewise.
+            entry is a symbolic link, is there twice, is too large or neither stored nor deflated;
+            a folder cannot be read, or contains itself by a symbolic link. A file's `read` raises
+            it likewise.
     """
-    if path.is_dir():
+    try:
+        kind = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{path} is not there; wanted is a folder or a zip archive") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError:
+        raise DataError(f"{str(path)!r} is no path; wanted is a folder or a zip archive") from None
+    if stat.S_ISDIR(kind):
         yield _folder_tree(path)
         return
-    if not path.exists():
-        raise DataError(f"{path} is not there; wanted is a folder or a zip archive")
+    if not stat.S_ISREG(kind):  # a pipe would be waited for
+        raise DataError(f"{path} is neither a file nor a folder")
     try:
         archive = zipfile.ZipFile(path)
     except OSError as error:
@@ -61,6 +72,7 @@ def open_tree(path: Path) -> Iterator[Tree]:
         raise DataError(f"{path} is no zip archive, or a damaged one: {error}") from None
     with archive:
         _check_count(path, len(archive.infolist()))
+        _check_overlap(path, archive.infolist())
         yield _archive_tree(path, archive)
 
 
@@ -96,6 +108,15 @@ def _check_count(path: Path, found: int) -> None:
         raise DataError(f"{path} is a damaged zip archive: {found} entries of {promised}")
 
 
+def _check_overlap(path: Path, entries: list[zipfile.ZipInfo]) -> None:
+    """Entries do not share their bytes: a small archive of many would be a large one to read."""
+    found, size = sum(entry.compress_size for entry in entries), path.stat().st_size
+    if found > size:
+        raise DataError(
+            f"{path} is a damaged zip archive: its entries have {found:,} bytes, itself {size:,}"
+        )
+
+
 def _archive_tree(path: Path, archive: zipfile.ZipFile) -> Tree:
     files: dict[tuple[str, ...], File] = {}
     folders: set[tuple[str, ...]] = set()
@@ -106,6 +127,11 @@ def _archive_tree(path: Path, archive: zipfile.ZipFile) -> Tree:
             raise DataError(f"{where} is a symbolic link; wanted are plain files")
         if entry.flag_bits & _ENCRYPTED:
             raise DataError(f"{where} is encrypted; wanted is an archive without a password")
+        if entry.compress_type not in _METHODS:
+            raise DataError(
+                f"{where} is compressed by method {entry.compress_type} of zip archives; wanted is "
+                f"one of {_METHODS}: stored, or deflated"
+            )
         _check_size(where, entry.file_size)
         # Opened although not all will be read: a damaged name must not hide an entry.
         _read_entry(where, archive, entry, 0)
@@ -136,7 +162,7 @@ def _entry_parts(where: str, entry: zipfile.ZipInfo) -> tuple[str, ...]:
         wrong = f"is a path on a drive of Windows, {path.drive!r}"
     elif "\0" in entry.orig_filename:  # behind which a name goes on, unseen by the reader
         wrong = "has a zero byte in its name"
-    elif not path.parts and not entry.is_dir():
+    elif not path.parts and not entry.filename.endswith("/"):
         wrong = "is a file without a name"
     if wrong:
         raise DataError(f"{where!r} {wrong}; wanted are paths inside the archive")
