@@ -47,7 +47,7 @@ test: $(VENV)/.installed-test ## Run the tests
 # Those of threads fork, which under the sanitizers must not happen in a worker.
 PYTEST := -m pytest -q -p no:cacheprovider --capture=sys
 SANITIZE = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/bin/python $(PYTEST)
+    MAML_FAST_TEST_BACKENDS=reference,cpu ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZED)/bin/python $(PYTEST)
 sanitize: $(SANITIZED)/.installed ## Run the C++ backend's tests with the address and undefined-behaviour sanitizers
 	$(SANITIZE) tests/test_cpu_threads.py $(ARGS)
 	OMP_NUM_THREADS=1 $(SANITIZE) $(IN_WORKERS) $(SANITIZE_TESTS) $(ARGS)

@@ -29,7 +29,7 @@ from torch import Tensor
 from maml_fast.checkpoint import write_atomically
 from maml_fast.config import ConfigError, check_device
 from maml_fast.errors import NonFiniteError
-from maml_fast.tasks import EVERY
+from maml_fast.tasks.episodes import EVERY
 
 # How long a rank waits for the others. Longer than loading data, validating or writing takes one of
 # them while the others wait; a process that dies is noticed at once, without it.

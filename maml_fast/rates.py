@@ -181,7 +181,8 @@ class InnerRates(nn.Module):
     def gather(self, rate_gradients: Mapping[str, Tensor]) -> list[Tensor]:
         """Gradients of `learning()` from those of the table: {name: [S] or [S, *shape]}."""
         totals = {id(tensor): torch.zeros_like(tensor) for tensor in self.learning()}
-        for name, gradient in rate_gradients.items():
+        # In an order of its own: theirs may be that of a set, which is another in each process.
+        for name, gradient in sorted(rate_gradients.items()):
             rate = self._entry(name if self.is_mapping else "")
             tensor = _own_tensor(rate)
             if not isinstance(tensor, Tensor) or not gradient.numel():  # of no inner step

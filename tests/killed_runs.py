@@ -34,6 +34,7 @@ SINUSOID = SinusoidConfig(
     shots=3,
     query_shots=3,
     hidden=(4, 4),
+    learn_inner_lr=True,
     backend="torch",
     threads=1,
     log_every=3,
@@ -233,7 +234,7 @@ def main(kind: str, folder: Path) -> None:
     folder = folder.resolve()
     if kind == "sinusoid":
         # A start has 15 moments or so before its first iteration.
-        found = killed_in_turn(SINUSOID, folder, kills=50, reach=45, patience=0.08)
+        found = killed_in_turn(SINUSOID, folder, kills=50, reach=45, patience=0.06)
     elif kind == "everywhere":
         short = dataclasses.replace(SINUSOID, iterations=7, checkpoint_every=4)
         found = killed_everywhere(short, folder)
@@ -244,7 +245,7 @@ def main(kind: str, folder: Path) -> None:
         config = dataclasses.replace(
             config, iterations=4, validate_every=1, log_every=2, output=Path("run")
         )
-        found = killed_everywhere(config, folder, stride=4)
+        found = killed_everywhere(config, folder, stride=5)
     print(json.dumps(found))
 
 

@@ -6,17 +6,20 @@ from torch import nn
 from torch.func import functional_call
 
 from maml_fast import MAML
+from tests.engines import tried
 from tests.networks import ORACLES
 
 SIZES, T = (3, 5, 2), 4
-BACKENDS = [
-    ("reference", "auto"),
-    ("functional", "auto"),
-    ("torch", "factored"),
-    ("torch", "dense"),
-    ("cpu", "factored"),
-    ("cpu", "dense"),
-]
+BACKENDS = tried(
+    [
+        ("reference", "auto"),
+        ("functional", "auto"),
+        ("torch", "factored"),
+        ("torch", "dense"),
+        ("cpu", "factored"),
+        ("cpu", "dense"),
+    ]
+)
 
 
 @pytest.fixture(params=BACKENDS, ids=["-".join(b) for b in BACKENDS])

@@ -1,21 +1,27 @@
 """Inner learning rates: numbers, tensors and mappings; and the gradients of those that learn."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 from maml_fast import MAML, check
+from maml_fast.rates import InnerRates
+from tests.engines import tried
 from tests.networks import assert_close, by_graph, gradients
 
 SIZES, STEPS = (3, 5, 4, 2), 3
-BACKENDS = [
-    ("reference", "auto"),
-    ("functional", "auto"),
-    ("torch", "factored"),
-    ("torch", "dense"),
-    ("cpu", "factored"),
-    ("cpu", "dense"),
-]
+BACKENDS = tried(
+    [
+        ("reference", "auto"),
+        ("functional", "auto"),
+        ("torch", "factored"),
+        ("torch", "dense"),
+        ("cpu", "factored"),
+        ("cpu", "dense"),
+    ]
+)
 double = {"dtype": torch.float64}
 
 
@@ -190,3 +196,16 @@ def test_a_rate_that_learns_for_a_parameter_that_does_not(options, model, batch)
     model.get_parameter(names[0]).requires_grad_(False)
     gradients(MAML(model, inner_lr=rates, **options), batch)
     assert rates[names[0]].grad.item() == 0
+
+
+def test_one_rate_for_all_sums_in_one_order():
+    """Whatever that of the names: it may come from a set, whose order each process chooses anew."""
+    rates = InnerRates(nn.Parameter(torch.tensor(0.1)))
+    # Added to 1 one by one the small ones vanish; together they do not.
+    values = 1.0, 2**-24, 2**-24
+    found = {name: torch.tensor([value]) for name, value in zip("abc", values, strict=True)}
+    sums = [
+        rates.gather({name: found[name] for name in order})[0].item()
+        for order in itertools.permutations("abc")
+    ]
+    assert len(set(sums)) == 1

@@ -2,7 +2,7 @@
 
 from maml_fast.errors import DataError
 from maml_fast.tasks.download import DownloadError, download_omniglot
-from maml_fast.tasks.episodes import EVERY, Episodes
+from maml_fast.tasks.episodes import Episodes
 from maml_fast.tasks.folders import load_folder
 from maml_fast.tasks.images import Drawn, ImageSet, ImageTasks
 from maml_fast.tasks.omniglot import load_omniglot
@@ -10,7 +10,6 @@ from maml_fast.tasks.sinusoid import SinusoidTasks, Waves
 from maml_fast.tasks.splits import classes_named, group_of, split_classes
 
 __all__ = [
-    "EVERY",
     "DataError",
     "DownloadError",
     "Drawn",
