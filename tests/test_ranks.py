@@ -14,7 +14,8 @@ from maml_fast.config import ConfigError
 from maml_fast.config_sinusoid import SinusoidConfig
 from maml_fast.errors import NonFiniteError
 from maml_fast.ranks import ALONE, RankError, Ranks, joined, label
-from maml_fast.tasks import EVERY, ImageTasks, SinusoidTasks
+from maml_fast.tasks import ImageTasks, SinusoidTasks
+from maml_fast.tasks.episodes import EVERY
 from maml_fast.train import train
 from tests.image_runs import folder_run
 from tests.pictures import marked_set
