@@ -130,8 +130,8 @@ class OmniglotConfig(ImageConfig):
     output: Path = Path("runs/omniglot")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_names("alphabets_for_validation", self.alphabets_for_validation)
+        super().__post_init__()
         if not isinstance(self.download, Path):
             raise ConfigError(f"download is {shown(self.download)}; wanted is a path")
 
@@ -184,8 +184,8 @@ class FolderConfig(ImageConfig):
     output: Path = Path("runs/images")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_names("folders_for_validation", self.folders_for_validation)
+        super().__post_init__()
         if check_whole("channels", self.channels, least=1) not in (1, 3):
             raise ConfigError(f"channels is {shown(self.channels)}; wanted is 1 or 3")
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from cyclopts.exceptions import CycloptsError
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from maml_fast.checkpoint import CheckpointError
@@ -46,6 +46,8 @@ def test_any_table(config, values):
 @pytest.mark.parametrize("config", CONFIGS)
 @FOREIGN
 @given(values=st.dictionaries(st.sampled_from(FIELDS), PLAIN, max_size=4))
+@example(values={"validation_classes": 0, "folders_for_validation": True})
+@example(values={"validation_classes": 0, "alphabets_for_validation": 3})
 def test_any_fields(config, values):
     """As a caller of the class may give them."""
     own = {field.name for field in dataclasses.fields(config)}
