@@ -207,7 +207,7 @@ def test_a_row_has_the_spread_of_its_times():
 @pytest.mark.skipif(not memory.CLEAR.exists(), reason="only Linux tells a process's peak memory")
 def test_peak_memory_is_that_of_the_call():
     kept = torch.ones(2**22)  # 16 MiB that were there before
-    peak = memory._resident(lambda: torch.ones(2**24).sum())  # 64 MiB that are gone after
+    peak = memory.resident(lambda: torch.ones(2**24).sum())  # 64 MiB that are gone after
     assert kept.sum() == 2**22
     if peak.bytes is None:
         pytest.skip(peak.reason)
