@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             arguments, exit_on_error=False, print_error=False, result_action="return_value"
         )
     except KeyboardInterrupt:
-        print("maml-fast: interrupted; the last checkpoint stands", file=sys.stderr)
+        print("maml-fast: interrupted; a run's last checkpoint stands", file=sys.stderr)
         return 130
     except (CycloptsError, ValueError, FloatingPointError, OSError) as error:
         message = " ".join(str(error).split())

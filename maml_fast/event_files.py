@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maml_fast.config import ConfigError
+from maml_fast.progress import naming
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -36,20 +37,24 @@ class EventFiles:
         if self._wanted:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=self._iteration + 1)
+            with naming(self._folder):
+                self._writer = SummaryWriter(str(self._folder), purge_step=self._iteration + 1)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with naming(self._folder):
+                self._writer.close()
 
     def append(self, iteration: int, **figures: float) -> None:
         """Add a point to the curve of each figure."""
         if self._writer is not None:
-            for name, value in figures.items():
-                self._writer.add_scalar(name, value, iteration)
+            with naming(self._folder):
+                for name, value in figures.items():
+                    self._writer.add_scalar(name, value, iteration)
 
     def sync(self) -> None:
         """Have every point in the file: those before a checkpoint are not written again."""
         if self._writer is not None:
-            self._writer.flush()
+            with naming(self._folder):
+                self._writer.flush()

@@ -70,6 +70,7 @@ def profile(
     plain = sorted(plain)[: len(best)]
     peak, alive = _memory(maml, data, plan)
     engine = best[0][1]
+    arenas = engine.arena_bytes + engine.other_arena_bytes
     total_ms = 1e3 * sum(took for took, _ in best) / len(best)
     cells = _mean([recorder for _, recorder in best])
     return Profile(
@@ -84,8 +85,8 @@ def profile(
         parts=tuple(_parts(cells, engine)),
         arena_bytes=engine.arena_bytes,
         sum_bytes=engine.sum_bytes,
-        peak_bytes=peak + engine.threads * engine.arena_bytes + engine.sum_bytes,
-        notes=tuple(_notes(plan)),
+        peak_bytes=peak + engine.threads * arenas + engine.sum_bytes,
+        notes=(*_notes(plan), *_more_arenas(engine)),
     )
 
 
@@ -202,6 +203,8 @@ def _parts(cells: dict[tuple[Key, str], float], engine: Recorder) -> Iterator[Pa
     names.update(dict.fromkeys(key for key in engine.own_bytes if isinstance(key, str)))
     for name in names:
         held = engine.own_bytes.get(name, 0) + engine.value_bytes.get(name, 0)
+        if not held and not any(key == name for key, _ in cells):
+            continue
         yield PartProfile(
             name, _by_pass(cells, name), cells.get((name, OUTSIDE), 0.0), held or None
         )
@@ -217,6 +220,13 @@ def _about(plan: Plan) -> str:
         f"{shapes.support[0]} support and {shapes.query[0]} query rows; {asked.inner_steps} inner "
         f"steps; {str(shapes.dtype).removeprefix('torch.')} on {shapes.device}"
     )
+
+
+def _more_arenas(engine: Recorder) -> list[str]:
+    if not engine.other_arena_bytes:
+        return []
+    more = engine.other_arena_bytes / 1024
+    return [f"inner loops of other lengths keep {more:.1f} KiB a thread more, counted in the peak"]
 
 
 def _notes(plan: Plan) -> Iterator[str]:

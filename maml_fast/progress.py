@@ -94,10 +94,11 @@ def read_history(path: Path) -> list[HistoryLine]:
     for number, line in enumerate(lines, 1):
         try:
             figures = json.loads(line)
-            if not isinstance(figures["iteration"], int):
+            numbers = all(type(value) in (int, float) for value in figures.values())
+            if not numbers or type(figures["iteration"]) is not int:
                 raise TypeError
             found.append(HistoryLine(line.decode(), figures))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if number < len(lines):
                 raise ValueError(f"{path}: line {number} is no loss record") from None
     return found

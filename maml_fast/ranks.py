@@ -34,6 +34,7 @@ from maml_fast.tasks.episodes import EVERY
 # How long a rank waits for the others. Longer than loading data, validating or writing takes one of
 # them while the others wait; a process that dies is noticed at once, without it.
 PATIENCE = timedelta(minutes=10)
+STORE_PATIENCE = timedelta(minutes=1)  # for torchrun's own store, which is there before any rank
 # Numbers behind the gradient in the one collective: sum of the losses, tasks, ranks asked to stop
 EXTRA = 3
 LAUNCH = "launch.json"
@@ -240,7 +241,10 @@ def joined(device: str) -> Iterator[Ranks]:
     if not 0 <= rank < count:
         raise ConfigError(f"RANK is {rank} and WORLD_SIZE {count}; wanted is what torchrun sets")
     if count == 1:
-        yield Ranks(launch=_launch(_agent_store()))
+        ranks = Ranks()
+        with ranks._together():
+            ranks.launch = _launch(_agent_store())
+        yield ranks
         return
     ranks = Ranks(rank, count, _number("LOCAL_RANK", rank))
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
@@ -277,14 +281,19 @@ def _agent_store() -> Any:
         host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", None)
     except KeyError as error:
         raise ConfigError(f"{error.args[0]} is not set; wanted is what torchrun sets") from None
-    return dist.TCPStore(host, port, is_master=False)  # type: ignore[attr-defined]
+    if not 0 < port < 2**16:
+        raise ConfigError(f"MASTER_PORT is {port}; wanted is a port, as torchrun sets it")
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, is_master=False, timeout=STORE_PATIENCE
+    )
 
 
 def _launch(store: Any) -> str | None:
     """A name for this launch of torchrun: the first that one of its processes thought of. Without
     its store the id that the user gave it, or may have given to an earlier one too."""
     if store is None:
-        return os.environ.get("TORCHELASTIC_RUN_ID")
+        name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+        return None if name in ("", "none") else name  # "none" is torchrun's own word for no id
     found: bytes = store.compare_set("maml_fast/launch", "", uuid.uuid4().hex)
     return found.decode()
 

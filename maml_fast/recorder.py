@@ -42,6 +42,7 @@ class Recorder:
     own_bytes, value_bytes: {key: bytes} of one thread's memory, of backend "cpu"
     elsewhere: layers of which the layers beside them do some work, of backend "cpu"
     threads, arena_bytes, sum_bytes: the engine's, of backend "cpu"; 0 elsewhere
+    other_arena_bytes: of its other programs in the same call, together
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,7 +50,7 @@ class Recorder:
         self.own_bytes: dict[Key, int] = {}
         self.value_bytes: dict[Key, int] = {}
         self.elsewhere: set[Key] = set()
-        self.threads = self.arena_bytes = self.sum_bytes = 0
+        self.threads = self.arena_bytes = self.sum_bytes = self.other_arena_bytes = 0
         self.current: Key | None = None  # whose rule is running
         self.phase, self.depth = OUTSIDE, 0
         self.thread = threading.get_ident()
@@ -81,8 +82,12 @@ class Recorder:
 
     def finish(self) -> None:
         """Add up what was found; the events of a GPU must have happened."""
+        arenas: dict[int, int] = {}
         for prepared, tasks, layers, found in self._calls:
-            self._read(layers, prepared.parts(), found, prepared.sizes(tasks))
+            sizes = prepared.sizes(tasks)
+            arenas[id(prepared)] = sizes["arena_bytes"]
+            self._read(layers, prepared.parts(), found, sizes)
+        self.other_arena_bytes = sum(arenas.values()) - self.arena_bytes
         self._calls.clear()
         before = None
         for event, cell in self._events:

@@ -82,10 +82,9 @@ class RunFiles:
         """Raise a ConfigError where there is a run already."""
         for path in (self.checkpoint, self.previous, self.best, self.history):
             if path.exists():
-                raise ConfigError(
-                    f"output: {path} exists already; --resume goes on with that run, --overwrite "
-                    f"deletes it"
-                )
+                there = self.checkpoint.exists() or self.previous.exists()
+                resume = "--resume goes on with that run, " if there else ""
+                raise ConfigError(f"output: {path} exists already; {resume}--overwrite deletes it")
 
     def clear(self) -> None:
         """Delete a run: the newest checkpoint before what would be missed if it were resumed."""
@@ -94,16 +93,19 @@ class RunFiles:
         for path in [*files, self.history, self.starts, self.folder / LAUNCH, *events]:
             path.unlink(missing_ok=True)
 
+    def best_of(self, wanted: int | None) -> Path:
+        """Where the best checkpoint of iteration `wanted` would be found: one of two."""
+        if wanted is None or _iteration(self.best) == wanted:
+            return self.best
+        return self.best_previous if _iteration(self.best_previous) == wanted else self.best
+
     def put_back_best(self, wanted: int | None) -> None:
         """Make the best checkpoint that of iteration `wanted`, or of none: what an earlier
         checkpoint tells of. Where it is not there, things stay as they are."""
-        found = _iteration(self.best)
-        if found == wanted:
-            return
         if wanted is None:
             self.best.unlink(missing_ok=True)
-        elif _iteration(self.best_previous) == wanted:
-            keep_as(self.best_previous, self.best)
+        elif (found := self.best_of(wanted)) != self.best:
+            keep_as(found, self.best)
 
     @contextmanager
     def telling_of_previous(self) -> Iterator[None]:

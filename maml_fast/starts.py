@@ -42,7 +42,7 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             start = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(start, dict):
             found.append(start)

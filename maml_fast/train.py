@@ -24,7 +24,14 @@ from maml_fast.checkpoint import CheckpointError, DamagedError, keep_as, load_ch
 from maml_fast.config import ConfigError, TrainConfig
 from maml_fast.event_files import EventFiles, check_tensorboard
 from maml_fast.kinds import make_run
-from maml_fast.progress import History, NoHistory, ProgressLine, cpu_threads, stop_on_signals
+from maml_fast.progress import (
+    History,
+    NoHistory,
+    ProgressLine,
+    cpu_threads,
+    read_history,
+    stop_on_signals,
+)
 from maml_fast.ranks import Ranks, joined
 from maml_fast.run import Run
 from maml_fast.run_files import RunFiles
@@ -151,9 +158,13 @@ def _restore(run: Run, files: RunFiles, previous: bool, announce: Callable[[str]
     ranks = run.ranks
     with files.telling_of_previous():
         run.restore(files.previous if previous else files.checkpoint)
+    if ranks.first:
+        read_history(files.history)  # what is wrong with it is told before files are moved
     if previous:
         best = run.best()
-        ranks.of_first(lambda: files.put_back_best(None if best is None else best[0]))
+        wanted = None if best is None else best[0]
+        ranks.of_first(lambda: _has_its_best(run, files.best_of(wanted)))
+        ranks.of_first(lambda: files.put_back_best(wanted))
         ranks.of_first(lambda: keep_as(files.previous, files.checkpoint))
     if not ranks.of_first(lambda: _has_its_best(run, files.best)):
         run.save(files.best, files.best_previous)

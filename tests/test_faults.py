@@ -96,6 +96,42 @@ def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one(config, capsys
     assert files.history.read_bytes() == history
 
 
+def test_going_back_that_fails_leaves_the_newest_where_it_is(tmp_path, config):
+    files = RunFiles(config.output)
+    train(config)
+    newest, before = files.checkpoint.read_bytes(), files.previous.read_bytes()
+    files.history.write_bytes(b"rubbish\n" + files.history.read_bytes())
+    with pytest.raises(ValueError, match="line 1 is no loss record"):
+        train(config, resume=True, previous=True)
+    assert files.checkpoint.read_bytes() == newest
+    assert files.previous.read_bytes() == before
+
+
+def test_going_back_without_the_best_of_then_leaves_the_newest_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageRun, "validate", improving)
+    config = dataclasses.replace(
+        folder_run(tmp_path), iterations=4, checkpoint_every=1, validate_every=2
+    )
+    train(config)
+    files = RunFiles(config.output)
+    newest = files.checkpoint.read_bytes()
+    files.best_previous.unlink()
+    with pytest.raises(CheckpointError, match="has the best at iteration 2"):
+        train(config, resume=True, previous=True)
+    assert files.checkpoint.read_bytes() == newest
+
+
+def test_a_folder_that_cannot_be_resumed_is_not_said_to_be(config):
+    files = RunFiles(config.output)
+    train(config)
+    with pytest.raises(ConfigError, match="exists already; --resume goes on.*, --overwrite"):
+        train(config)
+    for path in (files.checkpoint, files.previous):
+        path.unlink()
+    with pytest.raises(ConfigError, match="exists already; --overwrite deletes it$"):
+        train(config)
+
+
 def test_where_both_are_damaged_no_way_on_is_promised(config):
     files = RunFiles(config.output)
     train(config)

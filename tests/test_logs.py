@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils import tensorboard
 
 from maml_fast import event_files
 from maml_fast.checkpoint import CheckpointError
@@ -265,6 +267,38 @@ def test_a_report_of_a_run_without_figures_and_of_none(config, tmp_path, capsys)
     capsys.readouterr()
     assert run("report", tmp_path / "nowhere") == 2
     assert "checkpoint.safetensors: no such checkpoint" in error(capsys)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"iteration": 1, "loss": null}', b'{"iteration": 1, "loss": "x"}', b"[" * 10**5, b"[]"],
+)
+def test_a_history_that_is_none_is_named(config, line):
+    train(config)
+    path = config.output / "history.jsonl"
+    path.write_bytes(line + b"\n" + path.read_bytes())
+    with pytest.raises(ValueError, match=f"{path}: line 1 is no loss record"):
+        write_report(config.output)
+    with pytest.raises(ValueError, match=f"{path}: line 1 is no loss record"):
+        train(config, resume=True)
+
+
+def test_a_start_that_is_none_stops_nothing(config):
+    train(config)
+    path = config.output / "starts.jsonl"
+    path.write_bytes(b"[" * 10**5 + b"\n" + path.read_bytes())
+    train(config, resume=True)
+    assert len(read_starts(path)) == 2
+
+
+@pytest.mark.parametrize("act", ["add_scalar", "flush", "close"])
+def test_an_event_file_that_cannot_be_written_is_named(config, monkeypatch, act):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tensorboard.SummaryWriter, act, full)
+    with pytest.raises(OSError, match="No space left.*tensorboard"):
+        train(dataclasses.replace(config, tensorboard=True))
 
 
 def test_curves_show_what_the_history_has():

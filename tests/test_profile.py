@@ -282,3 +282,17 @@ def test_memory_that_lives_at_once():
     assert live.peak == 8000
     assert live.at_peak == {"owner": 8000}
     assert y.numel() == 1000
+
+
+def test_programs_of_other_lengths_count_in_the_peak():
+    draw = Draw(0)
+    model, batch = draw.mlp((3, 64, 2)), draw.batch("mse", 3, 4, 4, (3, 64, 2))
+    maml = MAML(model, inner_steps=3, step_weights=[0.1, 0.2, 0.3, 0.4], backend="cpu")
+    found = profile(maml, *batch[:4], repeats=1)
+    programs = maml.plan(batch.support_x, batch.query_x).programs.values()
+    arenas = [program.prepared.sizes(3)["arena_bytes"] for program in programs]
+    assert len(arenas) == 4
+    assert found.arena_bytes == max(arenas)
+    assert found.peak_bytes >= found.threads * sum(arenas)
+    more = (sum(arenas) - max(arenas)) / 1024
+    assert f"other lengths keep {more:.1f} KiB a thread more" in str(found)

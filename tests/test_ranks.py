@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+from datetime import timedelta
 
 import pytest
 import torch
@@ -250,6 +251,35 @@ def test_a_share_is_that_part_of_all_tasks(kind, own):
         assert len(found.support_x) == own.stop - own.start
         assert all(torch.equal(a, b[own]) for a, b in zip(found, wanted, strict=True))
     assert torch.equal(whole.state_dict()["generator"], part.state_dict()["generator"])
+
+
+@pytest.mark.parametrize("name", ["", "none"])
+def test_a_launch_without_a_name_is_no_launch(name, monkeypatch):
+    """Else every later one would be taken for the same."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+    with joined("cpu") as found:
+        assert found.launch is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    with joined("cpu") as found:
+        assert found.launch == "mine"
+
+
+@pytest.mark.parametrize("port", ["0", "99999999", "x"])
+def test_ports_that_are_none(port, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(ConfigError, match="MASTER_PORT is"), joined("cpu"):
+        pass
+
+
+def test_a_store_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr(ranks, "STORE_PATIENCE", timedelta(seconds=1))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "9")
+    with pytest.raises(RankError, match="rank 0 of 1"), joined("cpu"):
+        pass
 
 
 def test_one_process_is_not_touched():
