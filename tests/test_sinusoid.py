@@ -138,6 +138,12 @@ def test_a_foreign_state_is_refused():
         sampler.load_state_dict({"seed": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"state\['generator'\] is torch.uint8 \[16\]"):
         sampler.load_state_dict({"generator": torch.zeros(16, dtype=torch.uint8)})
+    before = sampler.state_dict()["generator"]
+    damaged = before.clone()
+    damaged[9] = 255
+    with pytest.raises(ValueError, match="is no state of a generator: Invalid mt19937 state"):
+        sampler.load_state_dict({"generator": damaged})
+    assert torch.equal(sampler.state_dict()["generator"], before)
 
 
 def test_the_network_is_the_papers():

@@ -63,7 +63,12 @@ class TaskStream:
                 f"state['generator'] is {found.dtype} {list(found.shape)}; wanted is {own.dtype} "
                 f"{list(own.shape)}, the state of a generator on {self.device.type}"
             )
-        self.generator.set_state(found)
+        try:
+            self.generator.set_state(found)
+        except RuntimeError as error:  # of the right size, and still none
+            self.generator.set_state(own)
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"state['generator'] is no state of a generator: {reason}") from None
 
 
 def whole(name: str, value: int, least: int, most: int | None = None) -> int:
