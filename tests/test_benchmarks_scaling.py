@@ -103,8 +103,11 @@ def test_what_is_wrong_is_refused(monkeypatch):
 
 
 def test_the_committed_figures():
-    for path in scaling.RESULTS.glob("*.json"):
+    files = sorted(scaling.RESULTS.glob("*.json"))
+    assert files
+    for path in files:
         found = json.loads(path.read_text())
         assert_whole(found)
         assert list(found["steps"]) == list(scaling.CASES)
+        assert [row["processes"] for row in found["rows"]] == [1, 2, 4] * len(scaling.CASES)
     assert tuple(dict.fromkeys(scaling.CASES)) == scaling.CASES
