@@ -162,8 +162,10 @@ def measure_apart(implementation: str, tasks: int, rounds: int) -> Row:
     return Row(**json.loads(child.stdout.splitlines()[-1]))
 
 
-def show(rows: list[Row], console: Console) -> None:
-    table = Table("", "tasks", "time", "us a task", "beside data and results", "worst error")
+def table_of(rows: list[Row]) -> Table:
+    table = Table("")
+    for name in ("tasks", "time", "us a task", "beside data and results", "worst error"):
+        table.add_column(name, justify="right")
     for row in rows:
         beyond = "-" if row.beyond is None else f"{row.beyond / 1e6:.1f} MB"
         table.add_row(
@@ -174,7 +176,7 @@ def show(rows: list[Row], console: Console) -> None:
             beyond,
             f"{row.error:.0e}",
         )
-    console.print(table)
+    return table
 
 
 def plot(rows: list[Row], described: dict[str, object], path: Path) -> None:
@@ -228,7 +230,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         console.print(error)
         return 1
-    show(rows, console)
+    console.print(table_of(rows))
     described = machine.describe("cpu")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"cpu-{described['date'][:10]}.json"

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks import family, page_plot, report, text
+from benchmarks import family, large, page_plot, report, scaling, text
 from benchmarks.cases import CASES
 from benchmarks.results import Results, Row
 
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def written(folder: Path) -> dict[str, str]:
     """The page and its pictures, by name in the documentation's folder."""
-    runs, families, others = read(folder)
+    runs, families, others, more = read(folder)
     files: dict[str, str] = {}
     parts = [HEAD]
     groups = grouped(runs)
@@ -95,6 +95,8 @@ def written(folder: Path) -> dict[str, str]:
         parts.append(_section(group))
     for name, found in families:
         parts.append(_family(name, found))
+    for title, name, found, table in more:
+        parts.append(_more(title, name, found["machine"], table))
     if not any(group.results.on_gpu for group in groups):
         parts.append(NO_GPU)
     if others:
@@ -103,22 +105,37 @@ def written(folder: Path) -> dict[str, str]:
     return {PAGE: "\n".join(parts), **files}
 
 
+Found = dict[str, Any]
+
+
 def read(
     folder: Path,
-) -> tuple[list[tuple[str, Results]], list[tuple[str, dict[str, Any]]], list[str]]:
-    """Runs of the benchmarks and of the family, and the names of files of another kind."""
-    runs, families, others = [], [], []
+) -> tuple[
+    list[tuple[str, Results]],
+    list[tuple[str, Found]],
+    list[str],
+    list[tuple[str, str, Found, Table]],
+]:
+    """Runs of the benchmarks and of the family, the names of files of another kind, and those that
+    are a table as they are: title, name, content, table."""
+    runs, families, others, more = [], [], [], []
     for path in sorted(folder.rglob("*.json")):
         name = path.relative_to(folder).as_posix()
         content = json.loads(path.read_text(encoding="utf-8"))
         first = (content.get("rows") or [{}])[0] if isinstance(content, dict) else {}
-        if "implementation" in first:
+        if "beyond" in first:
+            rows = [large.Row(**row) for row in content["rows"]]
+            more.append(("Large task batches", name, content, large.table_of(rows)))
+        elif "processes" in first:
+            steps = [scaling.Row(**row) for row in content["rows"]]
+            more.append(("Many processes", name, content, scaling.table_of(steps)))
+        elif "implementation" in first:
             runs.append((name, Results.load(path)))
         elif "variant" in first:
             families.append((name, content))
         else:
             others.append(name)
-    return runs, families, others
+    return runs, families, others, more
 
 
 def grouped(runs: Sequence[tuple[str, Results]]) -> list[Group]:
@@ -240,6 +257,16 @@ def _family(name: str, found: dict[str, Any]) -> str:
         out.append(f"### {str(table.title).partition(':')[0]}: the family\n")
         out.append(markdown(table))
     return "\n".join(out)
+
+
+def _more(title: str, name: str, machine: Found, table: Table) -> str:
+    return "\n".join(
+        [
+            f"## {title}: {machine['device']}, {machine['cpu']}, {machine['cores']} cores\n",
+            f"From `{name}`: {_when(machine)}, load before the run {machine['load_before']}.\n",
+            markdown(table),
+        ]
+    )
 
 
 def markdown(table: Table) -> str:

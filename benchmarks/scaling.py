@@ -241,7 +241,7 @@ def _step(found: Sequence[dict[int, dict[str, Any]]], case: str) -> Step:
     return Step(**{**median, **whole})
 
 
-def show(rows: list[Row], console: Console) -> None:
+def table_of(rows: list[Row]) -> Table:
     table = Table(title="seconds a step, by processes of one thread each")
     for name in ("case", "processes", "measured", "on paper", "x one", "x one, on paper", "error"):
         table.add_column(name, justify="left" if name == "case" else "right")
@@ -255,7 +255,7 @@ def show(rows: list[Row], console: Console) -> None:
             f"{row.predicted_speedup:.2f}",
             f"{row.error:.0e}",
         )
-    console.print(table)
+    return table
 
 
 def main(arguments: list[str]) -> int:
@@ -281,7 +281,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         console.print(error)
         return 1
-    show(rows, console)
+    console.print(table_of(rows))
     found = {
         "machine": described,
         "network": network,
