@@ -33,7 +33,7 @@ help: ## List the targets
 	@echo "Variables: PYTHON=$(PYTHON) (3.11 to 3.13), VENV=$(VENV), ITERATIONS=$(ITERATIONS) (demo), ARGS (test, bench)"
 
 # One thread: the network is too small to gain by more, and a busy machine slows them down a lot.
-demo: $(VENV)/.installed-train ## Train the sinusoid, half a minute, then evaluate it: table, and plots in runs/demo
+demo: $(VENV)/.installed-train ## Train the sinusoid, less than half a minute, then evaluate it: table, and plots in runs/demo
 	$(BIN)/maml-fast train sinusoid --iterations $(ITERATIONS) --inner-lr 0.001 --threads 1 \
 	    --output $(DEMO) --overwrite
 	$(BIN)/maml-fast evaluate $(DEMO)/checkpoint.safetensors --shots 5 10 --plot-dir $(DEMO) \
