@@ -163,7 +163,8 @@ def _restore(run: Run, files: RunFiles, previous: bool, announce: Callable[[str]
     if previous:
         best = run.best()
         wanted = None if best is None else best[0]
-        ranks.of_first(lambda: _has_its_best(run, files.best_of(wanted)))
+        if wanted is not None:
+            ranks.of_first(lambda: _has_its_best(run, files.best_of(wanted)))
         ranks.of_first(lambda: files.put_back_best(wanted))
         ranks.of_first(lambda: keep_as(files.previous, files.checkpoint))
     if not ranks.of_first(lambda: _has_its_best(run, files.best)):
