@@ -4,6 +4,8 @@ The tests of all backends hold it to the loop too. Its data: test_cpu_data.py; i
 test_cpu_threads.py; its operations: test_operations_cpu.py.
 """
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -182,7 +184,11 @@ class TestInstructionSets:
     def test_the_highest_is_taken(self, monkeypatch):
         monkeypatch.delenv(cpu_features.FORCED, raising=False)
         assert cpu_features.instruction_set() == cpu_features.instruction_sets()[-1]
-        assert list(cpu_features.engines()) == cpu_features.instruction_sets()
+        # The sanitizers' build has the lowest and the highest.
+        built = cpu_features.instruction_sets()
+        if "MAML_FAST_TEST_BACKENDS" in os.environ and len(built) > 2:
+            built = [built[0], built[-1]]
+        assert list(cpu_features.engines()) == built
 
     def test_one_that_is_not_there_is_refused(self, monkeypatch, draw):
         monkeypatch.setenv(cpu_features.FORCED, "avx1024")
