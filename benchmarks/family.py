@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import random
 import statistics
 import sys
@@ -249,6 +248,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 120)
+    described = machine.describe("cpu")
     rows: list[Row] = []
     try:
         for case in CASES:
@@ -257,11 +257,7 @@ def main(arguments: list[str]) -> int:
         console.print(error)
         return 1
     show(rows, console)
-    described = machine.describe("cpu")
-    found = {"machine": described, "rows": [asdict(row) for row in rows]}
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"cpu-{described['date'][:10]}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path = machine.save(options.out, described, rows=[asdict(row) for row in rows])
     console.print(f"written: {path}")
     return 0
 

@@ -220,6 +220,7 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(asdict(measure(options.only, options.tasks[0], options.rounds))))
         return 0
     console = Console(width=None if sys.stdout.isatty() else 120)
+    described = machine.describe("cpu")
     try:
         rows = [
             measure_apart(implementation, tasks, options.rounds)
@@ -231,11 +232,7 @@ def main(arguments: list[str]) -> int:
         console.print(error)
         return 1
     console.print(table_of(rows))
-    described = machine.describe("cpu")
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"cpu-{described['date'][:10]}.json"
-    found = {"machine": described, "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path = machine.save(options.out, described, rows=[asdict(row) for row in rows])
     plot(rows, described, path.with_suffix(".png"))
     console.print(f"written: {path} and {path.with_suffix('.png').name}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -71,6 +72,14 @@ def describe(device: str) -> dict[str, Any]:
             "before": gpu.state(),
         }
     return found
+
+
+def save(folder: Path, described: dict[str, Any], **figures: Any) -> Path:
+    """Write figures, and what they were measured with, as JSON named by device and day."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{described['device']}-{described['date'][:10]}.json"
+    path.write_text(json.dumps({"machine": described, **figures}, indent=1) + "\n")
+    return path
 
 
 def _version(package: str) -> str | None:

@@ -282,15 +282,13 @@ def main(arguments: list[str]) -> int:
         console.print(error)
         return 1
     console.print(table_of(rows))
-    found = {
-        "machine": described,
-        "network": network,
-        "steps": {case: asdict(step) for case, step in steps.items()},
-        "rows": [asdict(row) for row in rows],
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"cpu-{described['date'][:10]}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path = machine.save(
+        options.out,
+        described,
+        network=network,
+        steps={case: asdict(step) for case, step in steps.items()},
+        rows=[asdict(row) for row in rows],
+    )
     console.print(f"written: {path}")
     return 0
 

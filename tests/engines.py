@@ -7,6 +7,15 @@ from maml_fast import cpu_cost, cpu_features
 ENGINES = list(cpu_features.engines()) or ["none"]
 LAYOUTS = cpu_cost.LAYOUTS
 
+FORMS = [
+    ("reference", "auto"),
+    ("functional", "auto"),
+    ("torch", "factored"),
+    ("torch", "dense"),
+    ("cpu", "factored"),
+    ("cpu", "dense"),
+]
+
 
 def tried(backends):
     """Those of the pairs (backend, fast weights) that MAML_FAST_TEST_BACKENDS names, all if it is

@@ -6,20 +6,11 @@ from torch import nn
 from torch.func import functional_call
 
 from maml_fast import MAML
-from tests.engines import tried
+from tests.engines import FORMS, tried
 from tests.networks import ORACLES
 
 SIZES, T = (3, 5, 2), 4
-BACKENDS = tried(
-    [
-        ("reference", "auto"),
-        ("functional", "auto"),
-        ("torch", "factored"),
-        ("torch", "dense"),
-        ("cpu", "factored"),
-        ("cpu", "dense"),
-    ]
-)
+BACKENDS = tried(FORMS)
 
 
 @pytest.fixture(params=BACKENDS, ids=["-".join(b) for b in BACKENDS])

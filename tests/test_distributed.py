@@ -1,16 +1,12 @@
 """Two processes under DistributedDataParallel take the step that one takes with all tasks."""
 
-import time
-from datetime import timedelta
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from maml_fast import MAML
 from tests.networks import IN_DOUBLE, Draw, assert_close, gradients
+from tests.processes import spawn
 
 SIZES, TASKS, WORLD = (3, 5, 2), 6, 2
 
@@ -22,36 +18,19 @@ def build(backend):
     return MAML(model, inner_lr=rate, inner_steps=2, backend=backend), batch
 
 
-def worker(rank, store, backend, results):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=60),
-    )
+def worker(rank, folder, backend):
     maml, batch = build(backend)
     share = TASKS // WORLD
     parallel = DistributedDataParallel(maml)
     loss = parallel(*(t[rank * share :][:share] for t in batch[:4])).loss
     loss.backward()
     del parallel, loss  # what holds the group goes before the group does
-    torch.save({name: p.grad for name, p in maml.named_parameters()}, f"{results}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    torch.save({name: p.grad for name, p in maml.named_parameters()}, f"{folder}/{rank}.pt")
 
 
 @pytest.mark.parametrize("backend", IN_DOUBLE)
 def test_gradients_are_averaged(backend, tmp_path):
-    arguments = (str(tmp_path / "store"), backend, str(tmp_path))
-    workers = mp.spawn(worker, arguments, nprocs=WORLD, join=False)
-    deadline = time.monotonic() + 120
-    while not workers.join(timeout=5):
-        if time.monotonic() > deadline:
-            for process in workers.processes:
-                process.kill()
-            raise TimeoutError("the processes did not end")
+    spawn(worker, WORLD, tmp_path, backend)
     maml, batch = build(backend)
     gradients(maml, batch)
     wanted = {name: p.grad for name, p in maml.named_parameters()}

@@ -8,7 +8,7 @@ from torch import nn
 
 from maml_fast import MAML, check
 from maml_fast.plan import PLANNED
-from tests.engines import tried
+from tests.engines import FORMS, tried
 from tests.networks import SMOOTH, Draw, assert_close, by_graph, gradients
 
 BOUND = 1e-10
@@ -48,12 +48,7 @@ def build(p):
 
 BACKENDS = tried(
     [
-        ("reference", "auto"),
-        ("functional", "auto"),
-        ("torch", "factored"),
-        ("torch", "dense"),
-        ("cpu", "factored"),
-        ("cpu", "dense"),
+        *FORMS,
         ("torch", "auto"),
         ("cpu", "auto"),
     ]

@@ -8,20 +8,11 @@ from torch import nn
 
 from maml_fast import MAML, check
 from maml_fast.rates import InnerRates
-from tests.engines import tried
+from tests.engines import FORMS, tried
 from tests.networks import assert_close, by_graph, gradients
 
 SIZES, STEPS = (3, 5, 4, 2), 3
-BACKENDS = tried(
-    [
-        ("reference", "auto"),
-        ("functional", "auto"),
-        ("torch", "factored"),
-        ("torch", "dense"),
-        ("cpu", "factored"),
-        ("cpu", "dense"),
-    ]
-)
+BACKENDS = tried(FORMS)
 double = {"dtype": torch.float64}
 
 

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from maml_fast.backends.conjugate import conjugate_gradients
 from maml_fast.errors import UnsupportedModelError
 from maml_fast.inner import SGD
+from maml_fast.memory import refused_bytes
 from maml_fast.norm_calls import OwnStatistics
 from maml_fast.ops.norm import batch_statistics
 from maml_fast.outer import Implicit
@@ -393,7 +394,7 @@ def _guard(problem: Problem, call: Callable[[], Answer]) -> Answer:
 
 def _unsupported(problem: Problem, error: Exception) -> Exception:
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
+    if refused_bytes(error) is not None:
         return error
     hint = next((hint for mark, hint in HINTS if mark in text), "the cause is below")
     return UnsupportedModelError(
